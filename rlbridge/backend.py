@@ -1,0 +1,58 @@
+"""A backend as data: how it is named, where it is loaded from, what it can do. Listing backends imports no framework."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class Capability(enum.StrEnum):
+    """What a backend declares that it can do, or that it needs. The conformance suite holds it to this."""
+
+    ONE_SIDED = "one_sided"
+    """transport: only one end acts in a transfer"""
+    CROSS_HOST = "cross_host"
+    """transport: the two ends may be on different hosts"""
+    CUDA = "cuda"
+    """works on CUDA memory without a copy through the host"""
+    RDMA = "rdma"
+    """transport: uses RDMA where the host has it"""
+    ABORTABLE = "abortable"
+    """transport: a transfer that ran out of time is known not to write any more"""
+    NEEDS_RAY_ACTORS = "needs_ray_actors"
+    """transport: both ends must be Ray actors, since Ray moves the bytes"""
+    LIVE_STORAGE = "live_storage"
+    """transport: reads a trainer's parameters in place (publish: barrier); trainer: its parameters can be read in place"""
+    SHARDED = "sharded"
+    """trainer: publishes local shards without a gather"""
+    MULTI_RANK = "multi_rank"
+    """trainer: more than one worker"""
+    RANKS_ARE_ACTORS = "ranks_are_actors"
+    """generator: every engine rank is itself a Ray actor"""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One named implementation of a role.
+
+    Attributes:
+        name: What the config calls it.
+        load: "module:Class" of the implementation, imported only when a run uses it.
+        options: "module:Class" of its pydantic options model; the module must import no framework.
+        summary: One line.
+        extra: The extra of rlbridge (or the requirement) that installs what it needs.
+        requires: Modules that must be importable here for it to run.
+        capabilities: What it declares.
+        distribution: The distribution whose version is shown; rlbridge's own by default.
+    """
+
+    name: str
+    load: str
+    summary: str
+    options: str = ""
+    extra: str = ""
+    requires: tuple[str, ...] = ()
+    capabilities: frozenset[Capability] = frozenset()
+    distribution: str = "rlbridge"
+    environment: Mapping[str, str] = field(default_factory=dict)
