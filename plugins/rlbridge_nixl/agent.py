@@ -1,0 +1,106 @@
+"""A thin face over a NIXL agent: its environment, its memory, and what its UCX backend says of itself."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlbridge.errors import TransportError
+
+if TYPE_CHECKING:
+    import torch
+
+_TLS = {"shm": "cma,tcp,self", "tcp": "tcp,self", "rdma": "rc,ud,dc,cuda_copy,gdr_copy,self"}
+
+
+def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
+    """A NIXL agent with UCX, and its unique name.
+
+    Raises:
+        TransportError: NIXL has no UCX backend here that can use the wire.
+    """
+    prepare_environment(wire, net_devices)
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    logging.getLogger("nixl").setLevel(logging.WARNING)
+    unique = f"{name}-{uuid.uuid4().hex[:8]}"
+    try:
+        return nixl_agent(unique, nixl_agent_config(backends=["UCX"], capture_telemetry=True)), unique
+    except Exception as error:
+        raise TransportError(
+            f"NIXL cannot start its UCX backend: {type(error).__name__}: {error}",
+            wire=wire,
+            todo="transport.wire=any lets UCX pick; transport.backend=object_store needs no NIXL",
+        ) from error
+
+
+def prepare_environment(wire: str, net_devices: str) -> None:
+    """What UCX has to read from the environment before the process's first agent."""
+    if not has_rdma_device():
+        # Where Debian's rdma-core is installed, two copies of libnl in one process crash at exit (NIXL 1.5.1).
+        os.environ.setdefault("UCX_MODULES", "^ib")
+    if wire in _TLS:
+        os.environ["UCX_TLS"] = _TLS[wire]
+    if net_devices:
+        os.environ["UCX_NET_DEVICES"] = net_devices
+    os.environ.setdefault("UCX_PROTO_INFO", "y")
+    os.environ.setdefault("UCX_LOG_FILE", str(_log_pattern()))
+
+
+def has_rdma_device() -> bool:
+    """Whether the kernel knows an RDMA device."""
+    devices = Path("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def descriptors(agent: Any, spans: Sequence[tuple[int, int, int]], kind: str) -> Any:
+    """NIXL's list for (address, bytes, device id) spans; `kind` is "DRAM" or "VRAM"."""
+    return agent.get_xfer_descs(list(spans), kind)
+
+
+def memory_kind(block: torch.Tensor) -> str:
+    """NIXL's word for where a block lies."""
+    return "VRAM" if block.is_cuda else "DRAM"
+
+
+def device_id(block: torch.Tensor) -> int:
+    """NIXL's device number of a block."""
+    return block.device.index or 0 if block.is_cuda else 0
+
+
+def wires_used(agent_name: str, operation: str) -> list[str]:
+    """The UCX wires of this agent's large transfers, out of UCX's own protocol report: ["cma"], ["tcp/lo"] ...
+
+    Empty where UCX has reported nothing: its log is off, or nothing was transferred.
+    """
+    ctypes.CDLL(None).fflush(None)  # UCX buffers its log file
+    path = Path(os.environ.get("UCX_LOG_FILE", "").replace("%p", str(os.getpid())))
+    return parse_report(path.read_text(errors="replace"), agent_name, operation) if path.is_file() else []
+
+
+def parse_report(text: str, agent_name: str, operation: str) -> list[str]:
+    """What `wires_used` reads: of each table titled with the agent and the operation, the row that reaches to infinity."""
+    verb = {"read": "remote memory read by ucp_get", "write": "remote memory write by ucp_put"}[operation]
+    found: dict[str, None] = {}
+    owner, titled = "", False
+    for line in text.splitlines():
+        cell = line.partition("|")[2].strip()
+        if "cfg#" in cell:
+            owner, titled = cell, False
+        elif cell.startswith(("remote memory", "active message", "tagged message", "atomic")):
+            titled = cell.startswith(verb) and owner.startswith(f"{agent_name} ") and f"{agent_name} self " not in owner
+        elif titled and "..inf" in cell:
+            for wire in re.findall(r"([a-z_0-9]+)/([A-Za-z_0-9:.-]+)", cell.rpartition("|")[0].rpartition("|")[2]):
+                found[wire[0] if wire[1] == "memory" else "/".join(wire)] = None
+    return list(found)
+
+
+def _log_pattern() -> Path:
+    return Path(tempfile.gettempdir()) / "rlbridge-ucx-%p.log"

@@ -1,0 +1,225 @@
+"""NIXL between the arenas: transfers are prepared once an epoch and posted again for each version.
+
+With a READ the sinks act and the sources' memory is passive. With a WRITE the sources act, and NIXL's completion notes, which
+are delivered after the bytes, tell each sink that a source is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from rlbridge.errors import DeadlineError, PeerLostError, TransportError
+from rlbridge.roles.transport import Copy, Transport, TransportContext, WireEvidence
+from rlbridge_nixl import agent as nixl_face
+from rlbridge_nixl.options import NixlOptions
+
+_POLL_SECONDS = 0.0002
+
+
+class _Block(msgspec.Struct, frozen=True):
+    address: int
+    nbytes: int
+    device: int
+    kind: str
+
+
+class _Address(msgspec.Struct, frozen=True):
+    agent: str
+    metadata: bytes
+    blocks: list[_Block]
+
+
+class _Transfer(msgspec.Struct):
+    """A prepared transfer with one peer out of one slot."""
+
+    peer: str
+    handle: Any
+    nbytes: int
+    state: str = "IDLE"
+
+
+class NixlTransport(Transport[NixlOptions]):
+    """One end of a NIXL wire."""
+
+    @classmethod
+    def unavailable(cls, options: NixlOptions, device: str) -> str | None:
+        """NIXL's wheel is for Linux; a wire may need hardware."""
+        if options.wire == "rdma" and not nixl_face.has_rdma_device():
+            return "transport.wire=rdma, and this machine has no RDMA device (/sys/class/infiniband is empty)"
+        return None
+
+    def __init__(self, context: TransportContext, options: NixlOptions) -> None:
+        self._context = context
+        self._options = options
+        self._acts = (options.operation == "read") == (context.side == "sink")
+        self._agent, self._agent_name = nixl_face.make_agent(context.name, options.wire, options.net_devices)
+        self._blocks: list[torch.Tensor] = []
+        self._registered: Any = None
+        self._peers: dict[str, str] = {}  # the peer's name in the session -> its agent
+        self._transfers: dict[int, list[_Transfer]] = {}
+        self._expected: dict[str, int] = {}  # sink of a WRITE: bytes to come from each source
+        self._notes: dict[int, set[str]] = {}  # sink of a WRITE: who has finished writing which version
+        self._awaited: int | None = None
+        self._moved = 0
+
+    def open(self, blocks: Sequence[torch.Tensor]) -> bytes:
+        self._blocks = list(blocks)
+        self._registered = self._agent.register_memory(self._blocks)
+        described = [
+            _Block(b.data_ptr(), b.numel(), nixl_face.device_id(b), nixl_face.memory_kind(b)) for b in self._blocks
+        ]
+        return msgspec.msgpack.encode(_Address(self._agent_name, self._agent.get_agent_metadata(), described))
+
+    def connect(self, peers: Mapping[str, bytes], copies: Sequence[Copy]) -> None:
+        addresses = {name: msgspec.msgpack.decode(raw, type=_Address) for name, raw in peers.items()}
+        for name, address in addresses.items():
+            self._agent.add_remote_agent(address.metadata)
+            self._peers[name] = address.agent
+        if self._acts:
+            self._prepare(addresses, copies)
+        elif self._context.side == "sink":
+            for copy in copies:
+                if copy.slot == 0:
+                    self._expected[copy.source] = self._expected.get(copy.source, 0) + copy.nbytes
+
+    def send(self, version: int, slot: int, deadline: float) -> None:
+        if self._acts:
+            self._run(version, slot, deadline)
+
+    def receive(self, version: int, slot: int, tensors: Mapping[str, list[torch.Tensor]], deadline: float) -> int:
+        if self._acts:
+            return self._run(version, slot, deadline)
+        return self._await_notes(version, deadline)
+
+    def settled(self) -> bool:
+        if not self._acts:
+            self._collect_notes()
+            return self._awaited is None or not self._missing(self._awaited)
+        return not any(self._poll(t) == "PROC" for ts in self._transfers.values() for t in ts if t.state == "PROC")
+
+    def evidence(self) -> WireEvidence:
+        if not self._acts:
+            return WireEvidence("nixl", "", "the other end acts")
+        wires = nixl_face.wires_used(self._agent_name, self._options.operation)
+        wire = "+".join(wires) if wires else "unknown"
+        return WireEvidence("nixl", wire, "UCX protocol report; bytes by NIXL telemetry", self._moved)
+
+    def close(self) -> None:
+        for transfers in self._transfers.values():
+            for transfer in transfers:
+                self._agent.release_xfer_handle(transfer.handle)
+        self._transfers = {}
+        for agent in self._peers.values():
+            self._agent.remove_remote_agent(agent)
+        self._peers = {}
+        if self._registered is not None:
+            self._agent.deregister_memory(self._registered)
+            self._registered = None
+        self._blocks = []
+
+    def _prepare(self, addresses: Mapping[str, _Address], copies: Sequence[Copy]) -> None:
+        read = self._options.operation == "read"
+        groups: dict[tuple[int, str], list[Copy]] = {}
+        for copy in copies:
+            groups.setdefault((copy.slot, copy.source if read else copy.sink), []).append(copy)
+        for (slot, peer), group in sorted(groups.items()):
+            local, remote = [], []
+            for copy in group:
+                here = (copy.sink_block, copy.sink_offset) if read else (copy.source_block, copy.source_offset)
+                there = (copy.source_block, copy.source_offset) if read else (copy.sink_block, copy.sink_offset)
+                block = addresses[peer].blocks[there[0]]
+                local.append((self._blocks[here[0]].data_ptr() + here[1], copy.nbytes, nixl_face.device_id(self._blocks[here[0]])))
+                remote.append((block.address + there[1], copy.nbytes, block.device))
+            handle = self._agent.initialize_xfer(
+                self._options.operation.upper(),
+                nixl_face.descriptors(self._agent, local, nixl_face.memory_kind(self._blocks[0])),
+                nixl_face.descriptors(self._agent, remote, addresses[peer].blocks[0].kind),
+                self._peers[peer],
+                b"",
+            )
+            self._transfers.setdefault(slot, []).append(_Transfer(peer, handle, sum(c.nbytes for c in group)))
+
+    def _run(self, version: int, slot: int, deadline: float) -> int:
+        """Post every transfer of the slot, then wait for all."""
+        transfers = self._transfers.get(slot, [])
+        note = f"{self._context.epoch}:{version}".encode() if self._options.operation == "write" else b""
+        for transfer in transfers:
+            transfer.state = self._guarded(transfer, lambda t=transfer: self._agent.transfer(t.handle, note))
+        waiting = [t for t in transfers if t.state == "PROC"]
+        while waiting:
+            waiting = [t for t in waiting if self._poll(t) == "PROC"]
+            if waiting and time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"{', '.join(sorted({t.peer for t in waiting}))} did not answer a NIXL {self._options.operation}",
+                    peer=waiting[0].peer,
+                    version=version,
+                    phase="wire",
+                )
+            time.sleep(_POLL_SECONDS)
+        for transfer in transfers:
+            if transfer.state != "DONE":
+                raise TransportError(f"NIXL reports {transfer.state}", peer=transfer.peer, version=version)
+        nbytes = sum(t.nbytes for t in transfers)
+        self._moved += nbytes
+        self._check_wire()
+        return nbytes
+
+    def _await_notes(self, version: int, deadline: float) -> int:
+        """Wait until every source has said that its WRITE of `version` is done."""
+        self._awaited = version
+        while missing := self._missing(version):
+            self._collect_notes()
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"{', '.join(sorted(missing))} did not finish writing", peer=min(missing), version=version, phase="wire"
+                )
+            time.sleep(_POLL_SECONDS)
+        self._awaited = None
+        self._notes = {v: names for v, names in self._notes.items() if v > version}
+        return sum(self._expected.values())
+
+    def _missing(self, version: int) -> set[str]:
+        return set(self._expected) - self._notes.get(version, set())
+
+    def _collect_notes(self) -> None:
+        sources = {agent: name for name, agent in self._peers.items()}
+        for agent, notes in self._agent.get_new_notifs().items():
+            for note in notes:
+                epoch, _, version = note.decode().partition(":")
+                if int(epoch) == self._context.epoch and agent in sources:
+                    self._notes.setdefault(int(version), set()).add(sources[agent])
+
+    def _poll(self, transfer: _Transfer) -> str:
+        transfer.state = self._guarded(transfer, lambda: self._agent.check_xfer_state(transfer.handle))
+        return transfer.state
+
+    def _guarded(self, transfer: _Transfer, call: Any) -> str:
+        """The state of a transfer; a peer that is gone is our error."""
+        try:
+            return str(call())
+        except Exception as error:
+            transfer.state = "ERR"
+            kind = type(error).__name__
+            if "RemoteDisconnect" in kind or "Canceled" in kind:
+                raise PeerLostError(f"the connection broke ({kind})", peer=transfer.peer, phase="wire") from error
+            raise TransportError(f"NIXL failed: {kind}: {error}", peer=transfer.peer, phase="wire") from error
+
+    def _check_wire(self) -> None:
+        """The wire asked for is the wire used, or the sync fails."""
+        wanted = self._options.wire
+        if wanted == "any":
+            return
+        used = nixl_face.wires_used(self._agent_name, self._options.operation)
+        fits = {"shm": ("cma", "sysv", "posix", "xpmem", "knem"), "tcp": ("tcp",), "rdma": ("rc", "dc", "ud")}[wanted]
+        strange = [w for w in used if not w.startswith(fits)]
+        if strange or not used:
+            raise TransportError(
+                f"the bytes went by {', '.join(strange) or 'an unknown wire'}, not by {wanted}",
+                rank=self._context.name,
+                todo="transport.wire says which wire has to be used; transport.wire=any allows all",
+            )

@@ -1,0 +1,204 @@
+"""What the session, the publishers and the subscribers say to one another: msgspec structs, never framework objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from rlbridge.errors import WireError, from_wire, to_wire
+from rlbridge.roles.transport import Copy
+from rlbridge.weights.layout import Layout, TensorMeta
+from rlbridge.weights.plan import SinkShare, SourceShare
+
+T = TypeVar("T")
+
+
+class Nothing(msgspec.Struct, frozen=True):
+    """No arguments, or no answer."""
+
+
+class TransportSpec(msgspec.Struct, frozen=True):
+    """The backend's name and its options as plain data."""
+
+    backend: str
+    options: dict[str, Any]
+
+
+class Described(msgspec.Struct, frozen=True):
+    """A publisher's answer to `layout`, a subscriber's to `record`: its name in the session, and what it holds or needs."""
+
+    name: str
+    layout: Layout
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the trainer publishes."""
+
+    tensors: list[TensorMeta]
+
+
+class OpenSource(msgspec.Struct, frozen=True):
+    """Start an epoch on a publisher. `publish` is "snapshot" (two arenas) or "barrier" (live storage)."""
+
+    epoch: int
+    transport: TransportSpec
+    publish: str
+    lease_seconds: float
+    share: SourceShare
+
+
+class OpenSink(msgspec.Struct, frozen=True):
+    """Start an epoch on a subscriber."""
+
+    epoch: int
+    transport: TransportSpec
+    share: SinkShare
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """The transport's address here, and how long allocating and registering took.
+
+    `places` is for sources only: for each slot, (block, byte offset) of each segment. Empty stands for "block = slot, offset as
+    planned", which is what arenas have.
+    """
+
+    address: bytes
+    seconds: float
+    places: list[list[tuple[int, int]]] = []
+
+
+class Connect(msgspec.Struct, frozen=True):
+    """The peers of an epoch and every copy that this end takes part in."""
+
+    peers: dict[str, bytes]
+    copies: list[Copy]
+
+
+class Publish(msgspec.Struct, frozen=True):
+    """Make `version` readable by `sinks`."""
+
+    version: int
+    sinks: list[str]
+
+
+class Published(msgspec.Struct, frozen=True):
+    """Where the version lies, and the seconds that the copy took."""
+
+    slot: int
+    seconds: float
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Move `version` to every sink, as far as the transport asks the source to act."""
+
+    version: int
+    slot: int
+    seconds: float
+
+
+class Digests(msgspec.Struct, frozen=True):
+    """One digest a segment, joined, and the seconds that hashing took."""
+
+    joined: bytes
+    seconds: float
+
+
+class Acknowledge(msgspec.Struct, frozen=True):
+    """`sinks` have all of `version`: its memory may be reused."""
+
+    version: int
+    sinks: list[str]
+
+
+class Pull(msgspec.Struct, frozen=True):
+    """Begin to receive `version` out of the sources' buffer `slot`, within `seconds`."""
+
+    version: int
+    slot: int
+    seconds: float
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """Wait at most `seconds` for what was begun for `version`."""
+
+    version: int
+    seconds: float
+
+
+class Pulled(msgspec.Struct, frozen=True):
+    """Bytes that arrived, and in how many seconds."""
+
+    nbytes: int
+    seconds: float
+
+
+class Verify(msgspec.Struct, frozen=True):
+    """The digests of `version` at the source arenas, one entry a trainer rank."""
+
+    version: int
+    digests: list[bytes]
+
+
+class Timed(msgspec.Struct, frozen=True):
+    """Something is done, in so many seconds."""
+
+    seconds: float
+
+
+class Installed(msgspec.Struct, frozen=True):
+    """An engine serves a new version: seconds of the copy, of hashing the live parameters, and of the whole pause."""
+
+    install: float
+    check: float
+    pause: float
+
+
+class State(msgspec.Struct, frozen=True):
+    """What an engine rank holds: "ready", "updating" or "dirty", and the version."""
+
+    state: str
+    version: int
+
+
+class Ok(msgspec.Struct, frozen=True, tag="ok"):
+    """An answer."""
+
+    payload: bytes
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """An error instead of an answer."""
+
+    error: WireError
+
+
+def pack(message: object) -> bytes:
+    """A message as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def unpack(payload: bytes, kind: type[T]) -> T:
+    """The message that `pack` was given."""
+    return msgspec.msgpack.decode(payload, type=kind)
+
+
+def answer(call: Callable[[], object]) -> bytes:
+    """The result of `call` as an `Ok`, or its error as a `Failed`: errors cross environments as ours."""
+    try:
+        return pack(Ok(pack(call())))
+    except Exception as error:
+        return pack(Failed(to_wire(error)))
+
+
+def result(reply: bytes, kind: type[T]) -> T:
+    """What `answer` carried.
+
+    Raises:
+        RlbridgeError: the error that the other side raised.
+    """
+    message = msgspec.msgpack.decode(reply, type=Ok | Failed)
+    if isinstance(message, Failed):
+        raise from_wire(message.error)
+    return unpack(message.payload, kind)

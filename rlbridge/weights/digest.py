@@ -1,0 +1,26 @@
+"""One digest a segment: xxh3-128 of its bytes, row-major, in the wire dtype.
+
+xxh3-128 is not cryptographic: it finds faults, not forgers. It runs at twice the speed of a memory copy on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import xxhash
+
+BYTES = 16
+"""Length of one digest."""
+
+
+def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """The digest of each tensor's elements in row-major order. Tensors of other devices are copied to the host."""
+    return [xxhash.xxh3_128_digest(_raw(tensor)) for tensor in tensors]
+
+
+def _raw(tensor: torch.Tensor) -> object:
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.dtype != torch.uint8:
+        flat = flat.view(torch.uint8)
+    return flat.cpu().numpy()

@@ -1,0 +1,296 @@
+"""The native trainer on one and two real ranks, against transformers and formulas written out straight."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rlbridge_native.trainer import NativeTrainer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlbridge.errors import CheckpointError, ModelError, RlbridgeError
+from rlbridge.roles.batch import Batch, Sequences
+from rlbridge.weights.layout import Layout
+from tests.models import tiny_llama, tiny_qwen3, tiny_qwen3_moe
+from tests.native.ranks import EPSILON, make_batch, on_ranks
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+def train(trainer: NativeTrainer, path: Path, batches: list[Batch]) -> list[dict[str, float]]:
+    """Each rank's shard of the batches, then the weights as a directory."""
+    context = trainer._context
+    metrics = [trainer.train_step(batch.shard(context.rank, context.world_size)) for batch in batches]
+    trainer.save(path)
+    return metrics
+
+
+def trained(model: Path, tmp_path: Path, *, ranks: int, **settings: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    path = tmp_path / f"trained-{len(list(tmp_path.iterdir()))}"
+    batches = [make_batch(seed=1, temperature=0.8), make_batch(seed=2, temperature=0.8, step=2)]
+    metrics = on_ranks(ranks, train, model, tmp_path, arguments={"path": path, "batches": batches}, **settings)
+    return metrics, load_file(path / "model.safetensors")
+
+
+def assert_same_training(a: tuple[list[Any], dict[str, torch.Tensor]], b: tuple[list[Any], dict[str, torch.Tensor]]) -> None:
+    for one, other in zip(a[0][0], b[0][0], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert a[1].keys() == b[1].keys()
+    for name, tensor in a[1].items():
+        torch.testing.assert_close(tensor, b[1][name], rtol=1e-5, atol=3e-6, msg=name)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, partial(tiny_qwen3, tied=True), tiny_qwen3_moe])
+def test_two_ranks_train_as_one_does(make: Any, tmp_path: Path) -> None:
+    model = make(tmp_path / "model")
+    alone = trained(model, tmp_path, ranks=1, kl_coef=0.1)
+    together = trained(model, tmp_path, ranks=2, kl_coef=0.1)
+    assert together[0][0] == together[0][1]
+    assert_same_training(alone, together)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_micro_batches_train_as_the_whole_batch_does(qwen3: Path, tmp_path: Path, ranks: int) -> None:
+    whole = trained(qwen3, tmp_path, ranks=ranks)
+    parts = trained(qwen3, tmp_path, ranks=ranks, options={"micro_batch": 3, "gradient_checkpointing": True})
+    assert_same_training(whole, parts)
+
+
+def straight_training(trainer: NativeTrainer, model: Path, batches: list[Batch]) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The same steps from the paper's formulas, token by token, with a plain model and optimizer."""
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model).train() for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=EPSILON, weight_decay=0.01)
+    metrics = []
+    for step, batch in enumerate(batches, 1):
+        sequences, terms = batch.sequences, []
+        for row, (first, last) in enumerate(zip(sequences.prompt_lengths_B, sequences.lengths_B, strict=True)):
+            tokens = torch.tensor(sequences.tokens_BT[row : row + 1, :last], dtype=torch.long)
+            logp_TV = (policy(tokens).logits[0] / sequences.temperature).log_softmax(-1)
+            with torch.no_grad():
+                reference_TV = (reference(tokens).logits[0] / sequences.temperature).log_softmax(-1)
+            for at in range(first, last):
+                logp, ref = logp_TV[at - 1, tokens[0, at]], reference_TV[at - 1, tokens[0, at]]
+                ratio = torch.exp(logp - float(batch.logprobs_BT[row, at]))
+                advantage = float(batch.advantages_B[row])
+                surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+                kl = torch.exp(ref - logp) - (ref - logp) - 1
+                entropy = -(logp_TV[at - 1].exp() * logp_TV[at - 1]).sum()
+                clipped = (advantage > 0 and ratio > 1.28) or (advantage < 0 and ratio < 0.8)
+                terms.append((-surrogate + 0.1 * kl, kl.detach(), float(clipped), ratio.detach(), entropy.detach()))
+        loss = sum(term[0] for term in terms) / batch.total_tokens
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        kl, clipped, ratio, entropy = (float(sum(t[i] for t in terms)) / len(terms) for i in range(1, 5))
+        lr = optimizer.param_groups[0]["lr"]
+        means = {"clip_fraction": clipped, "ratio_mean": ratio, "entropy": entropy, "kl": kl, "lr": lr}
+        metrics.append({"loss": float(loss.detach()), "grad_norm": float(norm)} | means)
+    return [metrics], {name: parameter.detach() for name, parameter in policy.named_parameters()}
+
+
+def test_the_loss_is_the_papers(qwen3: Path, tmp_path: Path) -> None:
+    batches = [make_batch(seed=1, temperature=0.8), make_batch(seed=2, temperature=0.8, step=2)]
+    (expected,) = on_ranks(1, straight_training, qwen3, tmp_path, arguments={"model": qwen3, "batches": batches})
+    assert expected[0][0][0]["clip_fraction"] > 0
+    assert expected[0][0][0]["grad_norm"] > 1.0  # so that it is clipped
+    assert_same_training(trained(qwen3, tmp_path, ranks=1, kl_coef=0.1), expected)
+
+
+def test_the_kl_is_zero_at_the_reference(qwen3: Path, tmp_path: Path) -> None:
+    metrics, _ = trained(qwen3, tmp_path, ranks=1, kl_coef=0.1)
+    assert metrics[0][0]["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert metrics[0][1]["kl"] > 1e-4
+
+
+def score(trainer: NativeTrainer, sequences: Sequences) -> np.ndarray[Any, Any]:
+    return trainer.score(sequences)
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 8), (2, 7), (3, 4)])
+def test_scores_are_those_of_transformers(qwen3: Path, tmp_path: Path, ranks: int, rows: int) -> None:
+    sequences = make_batch(8, temperature=0.7).sequences.rows(slice(0, rows))
+    scores = on_ranks(ranks, score, qwen3, tmp_path, arguments={"sequences": sequences}, options={"micro_batch": 2})
+    model = AutoModelForCausalLM.from_pretrained(qwen3)
+    expected_BT = np.zeros(sequences.tokens_BT.shape, dtype=np.float32)
+    for row, (first, last) in enumerate(zip(sequences.prompt_lengths_B, sequences.lengths_B, strict=True)):
+        tokens = torch.tensor(sequences.tokens_BT[row : row + 1, :last], dtype=torch.long)
+        with torch.no_grad():
+            logp_TV = (model(tokens).logits[0] / 0.7).log_softmax(-1)
+        expected_BT[row, first:last] = [logp_TV[at - 1, tokens[0, at]] for at in range(first, last)]
+    for found in scores:
+        np.testing.assert_allclose(found, expected_BT, atol=2e-5)
+        np.testing.assert_array_equal(found, scores[0])
+
+
+def save_and_score(trainer: NativeTrainer, path: Path, sequences: Sequences) -> np.ndarray[Any, Any]:
+    trainer.train_step(make_batch().shard(trainer._context.rank, 2))
+    path.mkdir()
+    (path / "stale").touch()
+    trainer.save(path)
+    return trainer.score(sequences)
+
+
+@pytest.mark.parametrize("make", [partial(tiny_qwen3, tied=True), tiny_qwen3_moe])
+def test_what_is_saved_scores_the_same_in_transformers(make: Any, tmp_path: Path) -> None:
+    model, sequences = make(tmp_path / "model"), make_batch(seed=3).sequences
+    (scores, _) = on_ranks(2, save_and_score, model, tmp_path, arguments={"path": tmp_path / "saved", "sequences": sequences})
+    (again,) = on_ranks(1, score, tmp_path / "saved", tmp_path, arguments={"sequences": sequences})
+    np.testing.assert_allclose(scores, again, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").decode([5, 6]) == "23"
+    assert not (tmp_path / "saved" / "stale").exists()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_saving_where_nothing_can_be_written_fails_on_every_rank(qwen3: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        on_ranks(2, train, qwen3, tmp_path, arguments={"path": tmp_path / "file" / "saved", "batches": []})
+
+
+def train_on(trainer: NativeTrainer, state: Path, path: Path, *, resume: bool) -> Any:
+    rank, ranks = trainer._context.rank, trainer._context.world_size
+    trainer.save_state(state.with_name("untouched"))  # of an optimizer without a step: must change nothing
+    if resume:
+        trainer.load_state(state)
+    else:
+        for step in (1, 2):
+            trainer.train_step(make_batch(seed=step, step=step).shard(rank, ranks))
+        trainer.save_state(state)
+    noise = torch.rand(3).tolist()
+    metrics = [trainer.train_step(make_batch(seed=step, step=step).shard(rank, ranks)) for step in (3, 4)]
+    trainer.save(path)
+    return noise, metrics
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_goes_on_exactly_from_a_saved_state(qwen3: Path, tmp_path: Path, ranks: int) -> None:
+    state = tmp_path / "state"
+    through = {"state": state, "path": tmp_path / "through", "resume": False}
+    resumed = {"state": state, "path": tmp_path / "resumed", "resume": True}
+    one = on_ranks(ranks, train_on, qwen3, tmp_path, arguments=through, warmup_steps=5)
+    other = on_ranks(ranks, train_on, qwen3, tmp_path, arguments=resumed, warmup_steps=5)
+    assert one == other
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("through", "resumed"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def load_only(trainer: NativeTrainer, state: Path) -> None:
+    trainer.load_state(state)
+
+
+def test_the_state_of_another_model_is_refused_by_name(qwen3: Path, tmp_path: Path) -> None:
+    wider = tiny_qwen3(tmp_path / "wider", intermediate_size=64)
+    state = tmp_path / "state"
+    on_ranks(1, train_on, wider, tmp_path, arguments={"state": state, "path": tmp_path / "saved", "resume": False})
+    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight' is \[64, 32\] there and \[48, 32\] here"):
+        on_ranks(2, load_only, qwen3, tmp_path, arguments={"state": state})
+
+
+def test_a_damaged_state_is_refused(qwen3: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    on_ranks(2, train_on, qwen3, tmp_path, arguments={"state": state, "path": tmp_path / "saved", "resume": False})
+    part = max(state.glob("*.distcp"), key=lambda p: p.name)
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        on_ranks(2, load_only, qwen3, tmp_path, arguments={"state": state})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        on_ranks(1, load_only, qwen3, tmp_path, arguments={"state": tmp_path / "nowhere"})
+
+
+def break_a_step(trainer: NativeTrainer, path: Path, batch: Batch) -> str:
+    with pytest.raises(RlbridgeError, match="step 1: the loss is nan") as caught:
+        trainer.train_step(batch.shard(trainer._context.rank, trainer._context.world_size))
+    trainer.save(path)
+    return caught.value.what
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone_on_every_rank(qwen3: Path, tmp_path: Path) -> None:
+    batch = make_batch()
+    batch.advantages_B[0] = np.nan  # a row of rank 0 only
+    on_ranks(2, break_a_step, qwen3, tmp_path, arguments={"path": tmp_path / "saved", "batch": batch})
+    before, after = (load_file(path / "model.safetensors") for path in (qwen3, tmp_path / "saved"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def publish(trainer: NativeTrainer, path: Path, *, compute: bool = False) -> tuple[str, Layout, list[torch.Tensor]]:
+    if compute:
+        _halve_norms(trainer._model)
+    source = trainer.weights()
+    layout = source.layout()
+    source.bind(layout.regions)
+    trainer.train_step(make_batch().shard(trainer._context.rank, trainer._context.world_size))
+    dtypes = {t.name: getattr(torch, t.dtype) for t in layout.tensors}
+    copies = [torch.empty(region.shape, dtype=dtypes[region.tensor]) for region in layout.regions]
+    source.snapshot(copies)
+    trainer.save(path)
+    return type(source).__name__, layout, [copy.clone() for copy in copies]
+
+
+def assert_published_whole(results: list[Any], files: dict[str, torch.Tensor]) -> None:
+    """Every element of every saved tensor comes from exactly one rank, and is what was saved."""
+    times = {name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in files.items()}
+    for _, layout, copies in results:
+        assert {t.name for t in layout.tensors if t.alias_of is None} == set(files)
+        for region, copy in zip(layout.regions, copies, strict=True):
+            box = tuple(slice(o, o + n) for o, n in zip(region.offset, region.shape, strict=True))
+            times[region.tensor][box] += 1
+            assert torch.equal(copy, files[region.tensor][box]), region
+    assert all(bool((count == 1).all()) for count in times.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "ranks"),
+    [(tiny_qwen3, 2), (partial(tiny_qwen3, tied=True), 2), (tiny_qwen3_moe, 2), (tiny_qwen3_moe, 1), (tiny_qwen3_moe, 4)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ranks_publish_each_saved_element_once(make: Any, ranks: int, dtype: str, tmp_path: Path) -> None:
+    model = make(tmp_path / "model")
+    results = on_ranks(ranks, publish, model, tmp_path, arguments={"path": tmp_path / "saved"}, options={"dtype": dtype})
+    assert {kind for kind, _, _ in results} == {"ShardedSource"}
+    assert_published_whole(results, load_file(tmp_path / "saved" / "model.safetensors"))
+    assert all(layout.regions for _, layout, _ in results)
+    assert not [t for t in results[0][1].tensors if t.alias_of not in (None, "model.embed_tokens.weight")]
+
+
+def _halve_norms(model: Any) -> None:
+    from transformers.core_model_loading import WeightConverter
+
+    from tests.native.test_checkpoint import Double
+
+    model._weight_conversions = [WeightConverter("layernorm.weight", "layernorm.weight", operations=[Double()])]
+
+
+def test_a_model_whose_checkpoint_is_computed_is_gathered(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    results = on_ranks(2, publish, model, tmp_path, arguments={"path": tmp_path / "saved", "compute": True})
+    assert {kind for kind, _, _ in results} == {"GatheredSource"}
+    assert_published_whole(results, load_file(tmp_path / "saved" / "model.safetensors"))
+    assert all(layout.regions for _, layout, _ in results)
+
+
+@pytest.mark.parametrize("break_it", ["nothing", "weights", "tensor"])
+def test_a_directory_without_a_whole_model_is_refused(break_it: str, qwen3: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tiny_qwen3(tmp_path / "model")
+    file = path / "model.safetensors"
+    if break_it == "nothing":
+        (path / "config.json").unlink()
+    elif break_it == "weights":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        kept = dict(itertools.islice(load_file(file).items(), 5))
+        save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=str(path)):
+        on_ranks(1, load_only, path, tmp_path)
