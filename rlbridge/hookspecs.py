@@ -14,7 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from rlbridge.backend import Backend
-    from rlbridge.observe.run import Run
+    from rlbridge.rl.run import Run
     from rlbridge.sync.report import SyncReport
 
 hookspec = pluggy.HookspecMarker("rlbridge")

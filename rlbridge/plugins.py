@@ -53,7 +53,7 @@ class Broken:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.distribution} {self.version}): {self.reason}"
+        return f"{self.name} ({f'{self.distribution} {self.version}'.strip()}): {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_unknown_backend_names_the_nearest_and_all_that_are_known() -> None:
 
 def test_unknown_backend_names_the_broken_plugins_that_may_have_brought_it() -> None:
     registry = Registry([Source("bad", "bad-dist", raises(RuntimeError("no driver")))])
-    with pytest.raises(PluginError, match=r"bad \(bad-dist \): RuntimeError: no driver"):
+    with pytest.raises(PluginError, match=r"bad \(bad-dist\): RuntimeError: no driver"):
         registry.backend("trainer", "bad")
 
 

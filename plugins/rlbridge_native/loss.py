@@ -65,7 +65,9 @@ def token_logprobs(model: Any, sequences: Sequences, device: torch.device) -> To
     logprobs, entropies = [], []
     # One sequence at a time: the fp32 copy and the softmax of bf16 logits never exist for all of them.
     for logits_KV, targets_K in zip(logits_BKV, tokens_BT[:, start:], strict=True):
-        logits_KV = logits_KV.float() / sequences.temperature
+        logits_KV = logits_KV.float()
+        if sequences.temperature != 1.0:
+            logits_KV = logits_KV / sequences.temperature
         normaliser_K = logits_KV.logsumexp(-1)
         logprobs.append(logits_KV.gather(-1, targets_K[:, None])[:, 0] - normaliser_K)
         with torch.no_grad():

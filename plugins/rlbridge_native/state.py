@@ -20,6 +20,11 @@ from torch.distributed.tensor import DTensor
 from rlbridge.errors import CheckpointError
 
 State = dict[str, torch.Tensor]
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for a parameter."""
 
 
 def save_state(path: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -42,11 +47,11 @@ def load_state(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
     """
     with _checkpoint_errors(f"the trainer's state in {path} cannot be read", "resume from an earlier checkpoint"):
         found = FileSystemReader(path).read_metadata().state_dict_metadata
-    shapes = {key: tuple(meta.size) for key, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
+    kinds = {k: (tuple(m.size), m.properties.dtype) for k, m in found.items() if isinstance(m, TensorStorageMetadata)}
     parameters = _parameters(model)
-    _check_same_model(path, shapes, parameters)
-    moments = _empty_moments(model, shapes)
-    random_state = {key: value for key, value in _random_state().items() if key in shapes}
+    _check_same_model(path, kinds, parameters)
+    moments = _empty_moments(model, kinds)
+    random_state = {key: value for key, value in _random_state().items() if key in kinds}
     state = parameters | moments | random_state | {"step": torch.tensor(0)}
     with _checkpoint_errors(f"the trainer's state in {path} cannot be read", "resume from an earlier checkpoint"):
         load(state, checkpoint_id=path)
@@ -71,13 +76,14 @@ def _moments(model: Any, optimizer: torch.optim.Optimizer) -> State:
     }
 
 
-def _empty_moments(model: Any, shapes: dict[str, tuple[int, ...]]) -> State:
+def _empty_moments(model: Any, kinds: dict[str, Kind]) -> State:
     """Memory for what the checkpoint holds of the optimizer: like its parameter, or a scalar (AdamW's own step)."""
     made: State = {}
     for name, parameter in model.named_parameters():
-        for key in (k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{k}" in shapes):
-            scalar = shapes[f"optimizer.{name}.{key}"] == ()
-            made[f"optimizer.{name}.{key}"] = torch.zeros(()) if scalar else torch.zeros_like(parameter, requires_grad=False)
+        for key in (k for k in _MOMENTS if f"optimizer.{name}.{k}" in kinds):
+            shape, dtype = kinds[f"optimizer.{name}.{key}"]
+            like = torch.zeros(shape, dtype=dtype) if shape == () else torch.zeros_like(parameter.detach(), dtype=dtype)
+            made[f"optimizer.{name}.{key}"] = like
     return made
 
 
@@ -85,7 +91,7 @@ def _set_moments(model: Any, optimizer: torch.optim.Optimizer, moments: State) -
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
-        own = {key: moments[prefix + key] for key in ("step", "exp_avg", "exp_avg_sq") if prefix + key in moments}
+        own = {key: moments[prefix + key] for key in _MOMENTS if prefix + key in moments}
         if own:
             optimizer.state[parameter] = own
 
@@ -102,22 +108,22 @@ def _set_random_state(state: State) -> None:
         torch.cuda.set_rng_state(value) if key.startswith("random.cuda.") else torch.set_rng_state(value)
 
 
-def _check_same_model(path: Path, found: dict[str, tuple[int, ...]], expected: State) -> None:
-    theirs = {key: shape for key, shape in found.items() if key.startswith("model.")}
+def _check_same_model(path: Path, found: dict[str, Kind], expected: State) -> None:
+    theirs = {key: kind for key, kind in found.items() if key.startswith("model.")}
     for key in (*expected, *theirs):
-        here = tuple(expected[key].shape) if key in expected else None
+        here = (tuple(expected[key].shape), expected[key].dtype) if key in expected else None
         there = theirs.get(key)
         if here != there:
             name = key.removeprefix("model.")
             raise CheckpointError(
-                f"{path} is the state of another model: {name!r} is {_shape(there)} there and {_shape(here)} here",
-                todo="resume with the model directory that the run began with",
+                f"{path} is the state of another model: {name!r} is {_printed(there)} there, {_printed(here)} here",
+                todo="resume with the model directory and trainer.dtype that the run began with",
                 tensor=name,
             )
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+def _printed(kind: Kind | None) -> str:
+    return "absent" if kind is None else f"{list(kind[0])} {str(kind[1]).removeprefix('torch.')}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlbridge.errors import TransportError
+from rlbridge.machine import quiet_ucx
 
 if TYPE_CHECKING:
     import torch
@@ -43,21 +44,13 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
 
 def prepare_environment(wire: str, net_devices: str) -> None:
     """What UCX has to read from the environment before the process's first agent."""
-    if not has_rdma_device():
-        # Where Debian's rdma-core is installed, two copies of libnl in one process crash at exit (NIXL 1.5.1).
-        os.environ.setdefault("UCX_MODULES", "^ib")
+    quiet_ucx()
     if wire in _TLS:
         os.environ["UCX_TLS"] = _TLS[wire]
     if net_devices:
         os.environ["UCX_NET_DEVICES"] = net_devices
     os.environ.setdefault("UCX_PROTO_INFO", "y")
     os.environ.setdefault("UCX_LOG_FILE", str(_log_pattern()))
-
-
-def has_rdma_device() -> bool:
-    """Whether the kernel knows an RDMA device."""
-    devices = Path("/sys/class/infiniband")
-    return devices.is_dir() and any(devices.iterdir())
 
 
 def descriptors(agent: Any, spans: Sequence[tuple[int, int, int]], kind: str) -> Any:

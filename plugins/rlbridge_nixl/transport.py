@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from rlbridge.errors import DeadlineError, PeerLostError, TransportError
+from rlbridge.machine import has_rdma_device
 from rlbridge.roles.transport import Copy, Transport, TransportContext, WireEvidence
 from rlbridge_nixl import agent as nixl_face
 from rlbridge_nixl.options import NixlOptions
@@ -49,7 +50,7 @@ class NixlTransport(Transport[NixlOptions]):
     @classmethod
     def unavailable(cls, options: NixlOptions, device: str) -> str | None:
         """NIXL's wheel is for Linux; a wire may need hardware."""
-        if options.wire == "rdma" and not nixl_face.has_rdma_device():
+        if options.wire == "rdma" and not has_rdma_device():
             return "transport.wire=rdma, and this machine has no RDMA device (/sys/class/infiniband is empty)"
         return None
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from rlbridge.errors import TransportError
+from rlbridge.machine import quiet_ucx
 from rlbridge.roles.transport import Copy, Transport, TransportContext, TransportOptions, WireEvidence
 from rlbridge_ray.options import ObjectStoreOptions, RdtOptions
 
@@ -82,6 +83,7 @@ class RdtTransport(_RayTransport[RdtOptions]):
     def __init__(self, context: TransportContext, options: RdtOptions) -> None:
         super().__init__(context, options)
         self._pinned: list[torch.Tensor] = []
+        quiet_ucx()  # Ray makes its NIXL agent at the first transfer
 
     @classmethod
     def unavailable(cls, options: RdtOptions, device: str) -> str | None:

@@ -64,11 +64,12 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"the value of the override {override!r} is not YAML: {_yaml_problem(error)}") from error
     place = data
     for depth, part in enumerate(path[:-1], start=1):
-        if place.get(part) is None:
-            place[part] = {}
+        section = {} if place.get(part) is None else place[part]
+        if not isinstance(section, dict):
+            raise ConfigError(f"the override {override!r}: {'.'.join(path[:depth])} is {_shown(section)}, not a section")
+        # A copy: a YAML alias makes one object of two sections, and the override is meant for one of them.
+        place[part] = dict(section)
         place = place[part]
-        if not isinstance(place, dict):
-            raise ConfigError(f"the override {override!r}: {'.'.join(path[:depth])} is {_shown(place)}, not a section")
     place[path[-1]] = value
 
 
@@ -87,6 +88,8 @@ def _describe(detail: ErrorDetails, data: Mapping[str, Any]) -> str:
         return f"{place}: required"
     if detail["type"] == "extra_forbidden":
         return f"{place}: unknown key{_did_you_mean(detail['loc'], data)}"
+    if detail["type"] == "model_type":
+        return f"{place}: has to be a section of keys, not {_shown(detail['input'])}"
     message = detail["msg"][:1].lower() + detail["msg"][1:]
     if detail["type"] == "rlbridge":
         return f"{place}: {message}".replace("\n", "\n  ")

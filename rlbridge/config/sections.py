@@ -146,6 +146,9 @@ class ClusterSection(Section):
         default=None, description="auto or host:port of a cluster to join; null starts one on this machine for the run."
     )
     start_seconds: float = Field(default=120.0, gt=0, description="How long the actors may take to start.")
+    step_seconds: float = Field(
+        default=1800.0, gt=0, description="How long one call may take: generating a step's completions, a training step, a save."
+    )
     temp_dir: Path | None = Field(default=None, description="Where Ray keeps its sessions; null leaves it to Ray.")
 
 

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 
 from rlbridge import hookimpl
-from rlbridge.observe.run import Run
-from rlbridge.observe.summary import Report
+from rlbridge.rl.run import Run
+from rlbridge.rl.summary import Report
 
 METRICS = "metrics.jsonl"
 SYNCS = "syncs.jsonl"

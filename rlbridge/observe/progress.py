@@ -11,8 +11,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rlbridge import hookimpl
-from rlbridge.observe.run import Run
-from rlbridge.observe.summary import Report
+from rlbridge.rl.run import Run
+from rlbridge.rl.summary import Report
 
 
 class ProgressObserver:
@@ -100,7 +100,7 @@ class ProgressObserver:
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
-    """A summary (see `rlbridge.observe.summary`) in a few lines; what a run that failed early does not have is left out."""
+    """A summary (see `rlbridge.rl.summary`) in a few lines; what a run that failed early does not have is left out."""
     return [*_reward_lines(result), *_sync_lines(result), *_time_lines(result)]
 
 

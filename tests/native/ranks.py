@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _processes.set_forkserver_preload(
     [
         "rlbridge_native.trainer",
         "rlbridge.weights.plan",
+        "torch.distributed.checkpoint",
         *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_moe", "llama")),
     ]
 )
@@ -32,7 +33,8 @@ def on_ranks(ranks: int, task: Callable[..., Any], model: Path, directory: Path,
     meeting = directory / f"meeting-{len(list(directory.iterdir()))}"
     with ProcessPoolExecutor(ranks, mp_context=_processes) as pool:
         futures = [pool.submit(_rank, task, rank, ranks, model, f"file://{meeting}", settings) for rank in range(ranks)]
-        return [future.result() for future in futures]
+        first = next((f for f in as_completed(futures) if f.exception() is not None), None)
+        return [future.result() for future in ([first] if first else futures)]
 
 
 def make_batch(rows: int = 8, *, seed: int = 0, temperature: float = 1.0, step: int = 1) -> Batch:
@@ -67,7 +69,7 @@ def _rank(task: Callable[..., Any], rank: int, ranks: int, model: Path, rendezvo
         model_path=str(model),
         seed=7,
         rendezvous=rendezvous,
-        timeout_seconds=60.0,
+        timeout_seconds=20.0,
         trust_remote_code=False,
         algorithm=AlgorithmOptions(clip_low=0.2, clip_high=0.28, kl_coef=settings["kl_coef"]),
         optimizer=OptimizerOptions(1e-2, (0.9, 0.99), EPSILON, 0.01, settings["grad_clip"], settings["warmup_steps"]),

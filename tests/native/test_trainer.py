@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import resource
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,10 +137,11 @@ def test_scores_are_those_of_transformers(qwen3: Path, tmp_path: Path, ranks: in
 
 def save_and_score(trainer: NativeTrainer, path: Path, sequences: Sequences) -> np.ndarray[Any, Any]:
     trainer.train_step(make_batch().shard(trainer._context.rank, 2))
-    path.mkdir()
+    scores = trainer.score(sequences)
+    path.mkdir(exist_ok=True)
     (path / "stale").touch()
     trainer.save(path)
-    return trainer.score(sequences)
+    return scores
 
 
 @pytest.mark.parametrize("make", [partial(tiny_qwen3, tied=True), tiny_qwen3_moe])
@@ -152,10 +155,22 @@ def test_what_is_saved_scores_the_same_in_transformers(make: Any, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
-def test_saving_where_nothing_can_be_written_fails_on_every_rank(qwen3: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="could not be written"):
-        on_ranks(2, train, qwen3, tmp_path, arguments={"path": tmp_path / "file" / "saved", "batches": []})
+def save_on_a_full_disk(trainer: NativeTrainer, path: Path, full_on: int, *, state: bool) -> str:
+    """What the error says where one rank's files cannot grow past 4 KB."""
+    if trainer._context.rank == full_on:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as caught:
+        trainer.save_state(path) if state else trainer.save(path)
+    return caught.value.what
+
+
+@pytest.mark.parametrize(("state", "full_on"), [(False, 0), (True, 0), (True, 1)])
+def test_a_full_disk_fails_the_save_on_every_rank(state: bool, full_on: int, qwen3: Path, tmp_path: Path) -> None:
+    arguments = {"path": tmp_path / "saved", "full_on": full_on, "state": state}
+    for message in on_ranks(2, save_on_a_full_disk, qwen3, tmp_path, arguments=arguments):
+        assert f"could not be written to {tmp_path / 'saved'}" in message
+    assert state or not (tmp_path / "saved").exists()
 
 
 def train_on(trainer: NativeTrainer, state: Path, path: Path, *, resume: bool) -> Any:
@@ -166,6 +181,7 @@ def train_on(trainer: NativeTrainer, state: Path, path: Path, *, resume: bool) -
     else:
         for step in (1, 2):
             trainer.train_step(make_batch(seed=step, step=step).shard(rank, ranks))
+        trainer.score(make_batch().sequences)  # FSDP2 leaves parameters gathered after it, unless told otherwise
         trainer.save_state(state)
     noise = torch.rand(3).tolist()
     metrics = [trainer.train_step(make_batch(seed=step, step=step).shard(rank, ranks)) for step in (3, 4)]
@@ -174,12 +190,12 @@ def train_on(trainer: NativeTrainer, state: Path, path: Path, *, resume: bool) -
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_training_goes_on_exactly_from_a_saved_state(qwen3: Path, tmp_path: Path, ranks: int) -> None:
-    state = tmp_path / "state"
+def test_training_goes_on_exactly_from_a_saved_state(tmp_path: Path, ranks: int) -> None:
+    model, state = tiny_qwen3(tmp_path / "model", attention_dropout=0.2), tmp_path / "state"
     through = {"state": state, "path": tmp_path / "through", "resume": False}
     resumed = {"state": state, "path": tmp_path / "resumed", "resume": True}
-    one = on_ranks(ranks, train_on, qwen3, tmp_path, arguments=through, warmup_steps=5)
-    other = on_ranks(ranks, train_on, qwen3, tmp_path, arguments=resumed, warmup_steps=5)
+    one = on_ranks(ranks, train_on, model, tmp_path, arguments=through, warmup_steps=5)
+    other = on_ranks(ranks, train_on, model, tmp_path, arguments=resumed, warmup_steps=5)
     assert one == other
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("through", "resumed"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
@@ -193,8 +209,10 @@ def test_the_state_of_another_model_is_refused_by_name(qwen3: Path, tmp_path: Pa
     wider = tiny_qwen3(tmp_path / "wider", intermediate_size=64)
     state = tmp_path / "state"
     on_ranks(1, train_on, wider, tmp_path, arguments={"state": state, "path": tmp_path / "saved", "resume": False})
-    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight' is \[64, 32\] there and \[48, 32\] here"):
+    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight' is \[64, 32\] float32 there, \[48, 32\] float32 here"):
         on_ranks(2, load_only, qwen3, tmp_path, arguments={"state": state})
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight' is \[67, 32\] float32 there, \[67, 32\] bfloat16 here"):
+        on_ranks(1, load_only, wider, tmp_path, arguments={"state": state}, options={"dtype": "bfloat16"})
 
 
 def test_a_damaged_state_is_refused(qwen3: Path, tmp_path: Path) -> None:
@@ -250,10 +268,15 @@ def assert_published_whole(results: list[Any], files: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize(
-    ("make", "ranks"),
-    [(tiny_qwen3, 2), (partial(tiny_qwen3, tied=True), 2), (tiny_qwen3_moe, 2), (tiny_qwen3_moe, 1), (tiny_qwen3_moe, 4)],
+    ("make", "ranks", "dtype"),
+    [
+        (tiny_qwen3, 2, "float32"),
+        (partial(tiny_qwen3, tied=True), 2, "bfloat16"),
+        (tiny_qwen3_moe, 1, "bfloat16"),
+        (tiny_qwen3_moe, 2, "float32"),
+        (tiny_qwen3_moe, 4, "float32"),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_ranks_publish_each_saved_element_once(make: Any, ranks: int, dtype: str, tmp_path: Path) -> None:
     model = make(tmp_path / "model")
     results = on_ranks(ranks, publish, model, tmp_path, arguments={"path": tmp_path / "saved"}, options={"dtype": dtype})

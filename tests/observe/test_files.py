@@ -7,7 +7,7 @@ import pytest
 
 from rlbridge import hookspecs
 from rlbridge.observe.files import FileObserver
-from rlbridge.observe.run import Run
+from rlbridge.rl.run import Run
 
 
 def report(version: int) -> SimpleNamespace:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from rlbridge import hookspecs
 from rlbridge.observe.progress import ProgressObserver, verdict
-from rlbridge.observe.run import Run
+from rlbridge.rl.run import Run
 
 RESULT = {
     "steps": 3,
@@ -84,6 +84,6 @@ def test_a_run_that_failed_early_still_ends():
 
 
 def test_observing_imports_neither_ray_nor_torch():
-    modules = "rlbridge.observe.run, rlbridge.observe.files, rlbridge.observe.progress, rlbridge.observe.summary"
+    modules = "rlbridge.rl.run, rlbridge.observe.files, rlbridge.observe.progress, rlbridge.rl.summary"
     code = f"import sys, {modules}; assert not {{'ray', 'torch'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rlbridge.errors import ConfigError
-from rlbridge.observe.run import open_run
+from rlbridge.rl.run import open_run
 
 
 def test_a_run_without_a_name_gets_the_first_free_one(tmp_path):

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from rlbridge.observe.summary import PHASES, summarise
+from rlbridge.rl.summary import PHASES, summarise
 
 
 @dataclass(frozen=True)
