@@ -94,6 +94,7 @@ class _Running:
 
     def __init__(self, model: Any, prompts: list[list[int]]) -> None:
         self._model = model
+        self.logits_RV: torch.Tensor
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         width = max(map(len, distinct))
         padding = [width - len(prompt) for prompt in distinct]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,13 +89,14 @@ class NativeGenerator(Generator[NativeGeneratorOptions]):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        path = self._context.model_path
+        path, todo = self._context.model_path, "stop strings need one; use stop_token_ids instead"
+        # Without its files transformers 5 makes an empty tokenizer, and says nothing.
+        if not any(Path(path).glob("tokenizer*")):
+            raise ModelError(f"{path} has no tokenizer", todo=todo)
         try:
             return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=self._context.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(
-                f"{path} has no tokenizer that loads: {error}", todo="stop strings need one; use stop_token_ids instead"
-            ) from error
+            raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}", todo=todo) from error
 
     def _text(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
@@ -105,8 +107,8 @@ def checkpoint_loader(model: Any) -> Loader:
     """What fills `model` from (checkpoint name, tensor) pairs.
 
     Raises:
-        LayoutError: a checkpoint tensor is computed from parameters. The loader itself raises it for a tensor that the model has not,
-            or has in another shape.
+        LayoutError: a checkpoint tensor is computed from parameters. The loader raises it too, for a tensor that the model
+            has not, or has in another shape.
     """
     tensors, pieces = checkpoint_pieces(model)
     metas = {tensor.name: tensor for tensor in tensors}

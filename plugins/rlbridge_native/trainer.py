@@ -157,7 +157,7 @@ class NativeTrainer(Trainer[NativeTrainerOptions]):
             found = token_logprobs(model, sequences, self._device)
             width = found.mask.shape[1]
             logprobs_BT[:, found.start : found.start + width] = found.logprobs * found.mask
-        # FSDP2 leaves the root's parameters gathered after a forward pass that no backward pass follows.
+        # FSDP2 leaves the root's parameters gathered after a forward pass that no backward pass follows (torch 2.13).
         model.reshard()
         return logprobs_BT
 

@@ -103,13 +103,17 @@ class RdtTransport(_RayTransport[RdtOptions]):
     def rendezvous(
         cls, options: RdtOptions, actors: Sequence[Any], deadline_seconds: float
     ) -> Callable[[], None] | None:
-        """gloo and nccl need one collective group of all actors, made in the driver."""
-        if options.tensor_transport not in ("gloo", "nccl"):
-            return None
-        from ray.experimental.collective import create_collective_group, destroy_collective_group
+        """gloo and nccl need one group of all actors, made in the driver."""
+        if options.tensor_transport == "gloo":
+            from rlbridge_ray.gloo import create_group
 
-        group = create_collective_group(list(actors), backend=options.tensor_transport)
-        return lambda: destroy_collective_group(group)
+            return create_group(actors, deadline_seconds)
+        if options.tensor_transport == "nccl":
+            from ray.experimental.collective import create_collective_group, destroy_collective_group
+
+            group = create_collective_group(list(actors), backend="nccl")
+            return lambda: destroy_collective_group(group)
+        return None
 
     def open(self, blocks: Sequence[torch.Tensor]) -> bytes:
         address = super().open(blocks)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import resource
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,18 @@ def test_scores_are_those_of_transformers(qwen3: Path, tmp_path: Path, ranks: in
     for found in scores:
         np.testing.assert_allclose(found, expected_BT, atol=2e-5)
         np.testing.assert_array_equal(found, scores[0])
+
+
+def loss_and_score(trainer: NativeTrainer, batch: Batch) -> tuple[float, np.ndarray[Any, Any]]:
+    scores = trainer.score(batch.sequences)
+    return trainer.train_step(batch)["loss"], scores
+
+
+def test_dropout_is_the_configs_in_training_and_absent_from_scores(tmp_path: Path) -> None:
+    models = [tiny_qwen3(tmp_path / f"model-{p}", attention_dropout=p) for p in (0.0, 0.5)]
+    found = [on_ranks(1, loss_and_score, m, tmp_path, arguments={"batch": make_batch()})[0] for m in models]
+    assert found[0][0] != pytest.approx(found[1][0], rel=1e-3)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-6)
 
 
 def save_and_score(trainer: NativeTrainer, path: Path, sequences: Sequences) -> np.ndarray[Any, Any]:
@@ -317,3 +331,8 @@ def test_a_directory_without_a_whole_model_is_refused(break_it: str, qwen3: Path
         save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=str(path)):
         on_ranks(1, load_only, path, tmp_path)
+
+
+def test_hooks_and_options_import_no_framework() -> None:
+    code = "import sys, rlbridge_native, rlbridge_native.options; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
