@@ -269,8 +269,8 @@ def test_yaml_of_a_config_loads_as_the_same_config(seed: int, lr: float, stop: l
         (["reward.fn=exact_mach"], "reward.fn: no reward is named 'exact_mach'; did you mean 'exact_match'?"),
         (["model.make=geometry"], "model.make: no model is named 'geometry'"),
         (["model.path=/nowhere"], "model.path: there is no directory /nowhere"),
-        (["data.path=/nowhere.jsonl"], "data.path: there is no file /nowhere.jsonl"),
-        (["data.held_out_path=/nowhere.jsonl"], "data.held_out_path: there is no file /nowhere.jsonl"),
+        (["data.path=/nowhere.jsonl"], "data.path: there is no /nowhere.jsonl"),
+        (["data.held_out_path=/nowhere.jsonl"], "data.held_out_path: there is no /nowhere.jsonl"),
     ],
 )
 def test_config_that_cannot_run_is_refused_by_name(file: Path, overrides: list[str], message: str) -> None:

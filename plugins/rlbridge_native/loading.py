@@ -40,13 +40,17 @@ def load_model(path: str, *, dtype: str, attn_implementation: str, trust_remote_
     return model
 
 
-def shard_model(model: Any, mesh: DeviceMesh) -> None:
+def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: str) -> None:
     """Shard `model` in place over all ranks of `mesh` (FSDP2): each decoder layer, then the rest.
 
-    It moves to the mesh's device. Gradients of bf16 parameters are summed over the ranks in fp32.
+    It moves to the mesh's device. Parameters keep their dtype; the passes run in `compute_dtype`, and gradients are summed over
+    the ranks in fp32.
     """
-    half = next(model.parameters()).dtype != torch.float32
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
+    compute = getattr(torch, compute_dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute == next(model.parameters()).dtype else compute,
+        reduce_dtype=None if compute == torch.float32 else torch.float32,
+    )
     layers = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]
     for module in (*reversed(layers), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)

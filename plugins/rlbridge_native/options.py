@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from rlbridge.roles.generator import GeneratorOptions
@@ -14,6 +16,9 @@ class NativeTrainerOptions(TrainerOptions):
     """The trainer section of the config when `trainer.backend` is native."""
 
     attn_implementation: str = Field("sdpa", description=_ATTENTION)
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the forward and backward passes, where it is not that of the parameters (dtype)."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass, to save memory.")
 
 

@@ -133,7 +133,7 @@ class NativeTrainer(Trainer[NativeTrainerOptions]):
             attn_implementation=self._options.attn_implementation,
             trust_remote_code=self._context.trust_remote_code,
         )
-        shard_model(model, mesh)
+        shard_model(model, mesh, self._options.compute_dtype or self._options.dtype)
         return model
 
     def _loss(self, batch: Batch, rows: slice) -> GrpoLoss:

@@ -116,9 +116,9 @@ def _missing_files(config: RunConfig) -> Iterator[str]:
     if problem and not made:
         yield f"model.path: {problem}"
     for key, path in (("data.path", config.data.path), ("data.held_out_path", config.data.held_out_path)):
-        if path is None or path.is_file() or (made and path.parent == config.model.path):
+        if path is None or path.exists() or (made and path.parent == config.model.path):
             continue
-        yield f"{key}: there is no file {path}"
+        yield f"{key}: there is no {path}"
 
 
 def _notes(config: RunConfig) -> Iterator[str]:

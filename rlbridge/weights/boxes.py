@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from rlbridge.weights.layout import Region
 
 
-@dataclass(frozen=True)
-class Box:
-    """`shape` elements from `offset` on, one entry a dimension."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements in the box; 1 for a scalar."""
-        return math.prod(self.shape)
-
-
-def overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
-    """The indices of two boxes that share an element, or None. Empty boxes share nothing."""
-    order = sorted((i for i, box in enumerate(boxes) if box.numel), key=lambda i: boxes[i].offset)
+def overlap(regions: Sequence[Region]) -> tuple[int, int] | None:
+    """The indices of two regions of one tensor that share an element, or None. Empty regions share nothing."""
+    order = [i for i, region in enumerate(regions) if region.numel]
+    if len(order) < 2:
+        return None
+    dims = range(len(regions[order[0]].shape))
+    # Swept along the dimension in which the most boxes are apart: those that lie side by side are never compared.
+    sweep = max(dims, key=lambda d: len({regions[i].offset[d] for i in order}), default=None)
+    if sweep is None:
+        return order[0], order[1]  # scalars
+    order.sort(key=lambda i: regions[i].offset[sweep])
     for position, i in enumerate(order):
-        a = boxes[i]
+        a = regions[i]
+        end = a.offset[sweep] + a.shape[sweep]
         for j in order[position + 1 :]:
-            b = boxes[j]
-            if a.offset and b.offset[0] >= a.offset[0] + a.shape[0]:
-                break  # sorted by the first dimension: none that follows can reach back
+            b = regions[j]
+            if b.offset[sweep] >= end:
+                break
             if all(p < q + m and q < p + n for p, n, q, m in zip(a.offset, a.shape, b.offset, b.shape, strict=True)):
                 return i, j
     return None
