@@ -2,9 +2,9 @@
 
     python -m rlbridge_conformance.speed --mib 1024 --tensors 300
 
-Peers: Ray Direct Transport over NIXL with a copy into the parameters, and Ray's object store with the same copy; neither keeps
-a snapshot, neither verifies. Limit: one-thread memory copies of the same bytes, measured around each row. Rows are interleaved, so
-that a machine that gets slower slows all of them.
+Peers: Ray Direct Transport over NIXL with a copy into the parameters, and Ray's object store with the same copy; neither
+keeps a snapshot, neither verifies. Limit: one-thread memory copies of the same bytes, measured around each row. Rows are
+interleaved, so that a machine that gets slower slows all of them.
 """
 
 from __future__ import annotations

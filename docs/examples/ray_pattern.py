@@ -1,7 +1,7 @@
 """Ray's own pattern with two rlbridge backends: a trainer on H100s, a generator on B200s, weights by NIXL.
 
-    python docs/examples/ray_pattern.py MODEL_DIRECTORY            # on a cluster that has both accelerators
-    python docs/examples/ray_pattern.py MODEL_DIRECTORY --pretend  # here: Ray is told that it has them
+python docs/examples/ray_pattern.py MODEL_DIRECTORY            # on a cluster that has both accelerators
+python docs/examples/ray_pattern.py MODEL_DIRECTORY --pretend  # here: Ray is told that it has them
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(model: str, pretend: bool) -> int:
     return version
 
 
-def pretended_cluster():  # type: ignore[no-untyped-def]  # noqa: ANN201, D103
+def pretended_cluster():  # type: ignore[no-untyped-def]
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -18,7 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlbridge.errors import LayoutError
 from rlbridge.weights.layout import Piece, TensorMeta
-from rlbridge_native.provenance import Provenance
+from rlbridge.weights.provenance import Provenance
 
 
 def checkpoint_pieces(model: Any) -> tuple[list[TensorMeta], list[Piece]]:

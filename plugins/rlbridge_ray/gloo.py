@@ -1,8 +1,8 @@
 """A gloo group for Ray Direct Transport that leaves torch's default process group to the trainer.
 
-Ray's own gloo group takes the default process group of each actor, and sends by its ranks (Ray 2.60, torch_gloo_collective_group).
-A trainer's ranks already have one among themselves, so Ray's would be refused, or reach the wrong peer. This one is a process
-group of its own over a store of its own; Ray Direct Transport finds it by its name.
+Ray's own gloo group takes the default process group of each actor and sends by its ranks (Ray 2.60,
+torch_gloo_collective_group). A trainer's ranks already have one among themselves, so Ray's would be refused, or reach the wrong
+peer. This one is a process group of its own over a store of its own; Ray Direct Transport finds it by its name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ray.experimental.collective.collective import RemoteCommunicatorManager
 from ray.experimental.collective.communicator import CommunicatorHandle
 from ray.util import collective
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from rlbridge.errors import DeadlineError
 
@@ -38,8 +40,9 @@ class PrivateGlooGroup(BaseGroup):  # type: ignore[misc]
         identity, address, seconds = group_name.split("@")
         host, _, port = address.rpartition(":")
         timeout = datetime.timedelta(seconds=float(seconds))
-        self._store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0, timeout=timeout)
-        self._group = dist.ProcessGroupGloo(dist.PrefixStore(identity, self._store), rank, world_size, timeout)
+        self._store = TCPStore(host, int(port), world_size, is_master=rank == 0, timeout=timeout)
+        # Untyped: torch's stubs leave out what a process group does.
+        self._group: Any = dist.ProcessGroupGloo(PrefixStore(identity, self._store), rank, world_size, timeout)
 
     @classmethod
     def backend(cls) -> str:

@@ -1,8 +1,8 @@
-"""Tensors as arguments of Ray tasks: the source returns views of its arena, Ray brings them to the sink as top-level arguments.
+"""Tensors as arguments of Ray tasks: the source returns views of its arena, Ray brings them to the sink.
 
-Ray allocates fresh memory for what it receives, so a transfer that comes too late writes nowhere that matters, and the copy into
-the sink's arena is ours. (Receiving into the arena itself needs a borrowed reference, which leaks one record a sync: Ray issue
-57962.)
+Ray allocates fresh memory for what it receives, so a transfer that comes too late writes nowhere that matters, and the copy
+into the sink's arena is ours. (Receiving into the arena itself needs a borrowed reference, which leaks one record a sync: Ray
+issue 57962.)
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class ObjectStoreTransport(_RayTransport[ObjectStoreOptions]):
     """Ray's object store."""
 
     def evidence(self) -> WireEvidence:
-        return WireEvidence("object_store", "plasma", "Ray serialises the tensors of a task without tensor_transport", self._moved)
+        return WireEvidence(
+            "object_store", "plasma", "Ray serialises the tensors of a task without tensor_transport", self._moved
+        )
 
 
 class RdtTransport(_RayTransport[RdtOptions]):
@@ -100,9 +102,7 @@ class RdtTransport(_RayTransport[RdtOptions]):
         return options.tensor_transport
 
     @classmethod
-    def rendezvous(
-        cls, options: RdtOptions, actors: Sequence[Any], deadline_seconds: float
-    ) -> Callable[[], None] | None:
+    def rendezvous(cls, options: RdtOptions, actors: Sequence[Any], deadline_seconds: float) -> Callable[[], None] | None:
         """gloo and nccl need one group of all actors, made in the driver."""
         if options.tensor_transport == "gloo":
             from rlbridge_ray.gloo import create_group
@@ -136,5 +136,8 @@ class RdtTransport(_RayTransport[RdtOptions]):
 
     def evidence(self) -> WireEvidence:
         return WireEvidence(
-            "rdt", self._options.tensor_transport, "the tensor_transport that Ray was asked for, which has no fallback", self._moved
+            "rdt",
+            self._options.tensor_transport,
+            "the tensor_transport that Ray was asked for, which has no fallback",
+            self._moved,
         )

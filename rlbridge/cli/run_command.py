@@ -42,8 +42,9 @@ def run(
         raise ConfigError("what is to be run?", todo="rlbridge run FILE.yaml, or rlbridge run --resume RUN_DIRECTORY")
     for note in check_config(loaded):
         console.print(note)
-    from rlbridge.rl.start import run_config  # imports ray and transformers: not for a config that cannot run
+    from rlbridge.rl.start import execute, prepare  # imports ray and transformers: not for a config that cannot run
 
+    prepared = prepare(loaded, console.print)
     if directory is None:
         assert config is not None
         directory = open_run(loaded.runs_dir, loaded.name, config.stem)
@@ -53,7 +54,7 @@ def run(
     for observer in observers:
         registry().manager.register(observer)
     try:
-        run_config(started, lambda line: console.print(line))
+        execute(started, prepared)
     finally:
         for observer in observers:
             registry().manager.unregister(observer)

@@ -125,7 +125,7 @@ class GeneratorActor:
         """`Engine.score`."""
         return answer(lambda: encode(self._serving().score(decode(sequences, Sequences))))
 
-    @ray.method(concurrency_group="sync")
+    @ray.method(concurrency_group="sync")  # type: ignore[untyped-decorator]
     def call(self, method: str, payload: bytes, names: list[str], *tensors: list[Any]) -> list[bytes]:
         """`Engine.handle`; `tensors` are top-level arguments, one for each of `names`, so that Ray brings them here."""
         if self._engine is None:

@@ -1,13 +1,12 @@
 """The pattern that Ray made simple, with our backends: `generator.set_weights.remote(trainer.get_weights.remote())`.
 
-One trainer rank, one engine, and Ray Direct Transport in between. It is the smallest way to put two backends together; a
-`SyncSession` is the way for many ranks, for one-sided transfers into registered arenas, and for publishing while training goes on.
-Weights are copied when they are got, verified when they arrive, and again when they are installed.
+One trainer rank, one engine, and Ray Direct Transport in between: the smallest way to put two backends together. A
+`SyncSession` is the way for many ranks, for one-sided transfers into registered arenas, and for publishing while training goes
+on. Weights are copied when they are got, verified when they arrive, and again when they are installed.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -100,7 +99,9 @@ class DirectTrainer:
         }
         missing = [m.name for m in self._layout.tensors if m.alias_of is None and m.name not in taken]
         if missing or any(whole(metas[r.tensor]) != r for r in self._layout.regions):
-            raise LayoutError("get_weights needs a trainer whose one rank holds every tensor whole", tensor=(missing or [None])[0])
+            raise LayoutError(
+                "get_weights needs a trainer whose one rank holds every tensor whole", tensor=(missing or [None])[0]
+            )
         self._source.snapshot([taken[region.tensor] for region in self._layout.regions])
         self._version += 1
         return Weights(
@@ -142,7 +143,9 @@ class DirectGenerator:
         parts = plan.sinks[0].parts
         boxes = [_box(tensors, part.region.tensor, part.region.offset, part.region.shape, part.dtype) for part in parts]
         by_segment = {part.segment: box for part, box in zip(parts, boxes, strict=True)}
-        self._each("start_pull", Pull(version, 0, _SECONDS), Nothing, {"trainer[0]": [b.view(-1).view(torch.uint8) for b in boxes]})
+        self._each(
+            "start_pull", Pull(version, 0, _SECONDS), Nothing, {"trainer[0]": [b.view(-1).view(torch.uint8) for b in boxes]}
+        )
         self._each("wait_pull", Wait(version, _SECONDS), Pulled)
         joined = b"".join(digests([by_segment[i] for i in range(len(plan.sources[0].segments))]))
         self._each("verify", Verify(version, [joined]), Timed)

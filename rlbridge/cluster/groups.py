@@ -121,7 +121,7 @@ class TrainerGroup(_Group):
     def each(self, method: str, path: str, seconds: float) -> None:
         """`save`, `save_state` or `load_state` on every rank."""
         refs = [getattr(p.actor, method).remote(path) for p in self.parties]
-        self.gather(refs, Any, seconds, method.replace("_", " "))  # type: ignore[arg-type]
+        self.gather(refs, Any, seconds, method.replace("_", " "))
 
 
 class GeneratorGroup(_Group):
@@ -172,5 +172,3 @@ def _actor_options(options: RoleOptions, env: dict[str, str]) -> dict[str, Any]:
     if resources.accelerator:
         made["accelerator_type"] = resources.accelerator
     return made
-
-

@@ -75,4 +75,8 @@ def _translated(inner: Future[Any], change: Callable[[BaseException], BaseExcept
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if isinstance(error, ray.exceptions.RayTaskError) and lines else (lines or [type(error).__name__])[0][:300]
+    return (
+        lines[-1][:300]
+        if isinstance(error, ray.exceptions.RayTaskError) and lines
+        else (lines or [type(error).__name__])[0][:300]
+    )

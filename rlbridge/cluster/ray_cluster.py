@@ -47,7 +47,10 @@ def cluster(asks: Sequence[Ask], address: str | None, temp_dir: Path | None = No
         check_room(asks)
         yield False
         return
-    _start(asks, temp_dir) if own else _join(str(address))
+    if own:
+        start_ray(max(os.cpu_count() or 1, math.ceil(_sum(asks).get("CPU", 0.0))), temp_dir)
+    else:
+        _join(str(address))
     try:
         check_room(asks)
         yield own
@@ -93,9 +96,14 @@ def _words(amounts: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(amounts.items())) or "nothing"
 
 
-def _start(asks: Sequence[Ask], temp_dir: Path | None) -> None:
-    """A cluster on this machine. Ray waits a fixed 30 s for its raylet and then gives up, so a loaded machine needs another try."""
-    cpus = max(os.cpu_count() or 1, math.ceil(_sum(asks).get("CPU", 0.0)))
+def start_ray(cpus: int, temp_dir: Path | None) -> None:
+    """Start a cluster on this machine that gives out `cpus` cores, and connect to it.
+
+    Ray waits a fixed 30 s for its raylet, so a loaded machine may need another try.
+
+    Raises:
+        ResourceError: it did not start.
+    """
     # Unix socket paths end at 107 bytes, so Ray's directory has to have a short name.
     directory = str(temp_dir or Path(tempfile.gettempdir()) / "ray")
     for attempt in range(1, _STARTS + 1):

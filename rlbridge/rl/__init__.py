@@ -1,0 +1,1 @@
+"""Prompts, rewards, advantages, checkpoints and the loop."""

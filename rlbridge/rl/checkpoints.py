@@ -1,7 +1,7 @@
 """The checkpoints of a run: whole directories, written beside their place and renamed into it.
 
-A checkpoint holds `trainer/` (the trainer's sharded state), `model/` (a Hugging Face directory) and `run.json`. A directory that
-is not whole has another name, so the newest checkpoint is always one that can be used.
+A checkpoint holds `trainer/` (the trainer's sharded state), `model/` (a Hugging Face directory) and `run.json`. A directory
+that is not whole has another name, so the newest checkpoint is always one that can be used.
 """
 
 from __future__ import annotations

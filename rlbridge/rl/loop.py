@@ -49,8 +49,8 @@ class Task:
 
 
 @dataclass
-class _Progress:
-    """Where the run is: what a checkpoint has to hold of it."""
+class Progress:
+    """Where a run is: what a checkpoint has to hold of it."""
 
     step: int = 0
     saved: int = -1
@@ -59,7 +59,7 @@ class _Progress:
 
 
 class Loop:
-    """One run, from its first sync to its summary."""
+    """One run, from its first sync to its summary. `progress` says where it is."""
 
     def __init__(self, run: Run, task: Task, workers: Workers) -> None:
         self._run = run
@@ -68,7 +68,7 @@ class Loop:
         self._workers = workers
         self._stream = PromptStream(task.prompts, self._config.seed)
         self._seconds = self._config.cluster.step_seconds
-        self._progress = _Progress()
+        self.progress = Progress()
         self._start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -79,8 +79,8 @@ class Loop:
         notify("rlbridge_run_started", run=self._run)
         try:
             self._begin()
-            while self._progress.step < self._config.algorithm.steps:
-                self._step(self._progress.step + 1)
+            while self.progress.step < self._config.algorithm.steps:
+                self._step(self.progress.step + 1)
             self._save()
         except (RlbridgeError, KeyboardInterrupt) as error:
             self._rescue(error)
@@ -94,8 +94,8 @@ class Loop:
         """Load the checkpoint of a resumed run, and bring the engines to the trainer's weights."""
         if self._run.resumed_step:
             self._resume()
-        self._sync(self._progress.step + 1)
-        if not self._progress.evaluations:
+        self._sync(self.progress.step + 1)
+        if not self.progress.evaluations:
             self._evaluate()
 
     def _resume(self) -> None:
@@ -104,8 +104,8 @@ class Loop:
             raise CheckpointError(f"{self._run.directory} has no checkpoint to go on from", todo="start a new run")
         state = read_state(checkpoint)
         self._workers.trainer.each("load_state", str(checkpoint / "trainer"), self._seconds)
-        self._progress.step = self._progress.saved = state["step"]
-        self._progress.evaluations = [(int(s), float(r)) for s, r in state["evaluations"]]
+        self.progress.step = self.progress.saved = state["step"]
+        self.progress.evaluations = [(int(s), float(r)) for s, r in state["evaluations"]]
 
     def _step(self, step: int) -> None:
         config = self._config
@@ -129,7 +129,7 @@ class Loop:
         rewarded = time.monotonic()
         metrics = self._workers.trainer.train_step(batch, self._seconds)
         trained = time.monotonic()
-        self._progress.step = step
+        self.progress.step = step
         report = self._sync(step + 1)
         every = config.checkpoint.every
         if every and step % every == 0:
@@ -163,7 +163,7 @@ class Loop:
 
     def _sync(self, version: int) -> SyncReport:
         report = self._workers.session.sync(version)
-        self._progress.reports.append(report)
+        self.progress.reports.append(report)
         notify("rlbridge_weights_committed", run=self._run, report=report)
         return report
 
@@ -180,8 +180,8 @@ class Loop:
         )
         completions = self._workers.generator.generate(tokens, sampling, self._seconds)
         reward = float(self._rewards(self._task.held_out, completions).mean())
-        self._progress.evaluations.append((self._progress.step, reward))
-        notify("rlbridge_evaluated", run=self._run, step=self._progress.step, reward=reward)
+        self.progress.evaluations.append((self.progress.step, reward))
+        notify("rlbridge_evaluated", run=self._run, step=self.progress.step, reward=reward)
 
     def _rewards(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> np.ndarray[Any, Any]:
         texts = self._task.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
@@ -199,7 +199,7 @@ class Loop:
         )
 
     def _save(self) -> None:
-        progress = self._progress
+        progress = self.progress
         if progress.step == progress.saved:
             return
         save_checkpoint(
@@ -213,7 +213,7 @@ class Loop:
 
     def _rescue(self, error: BaseException) -> None:
         """Keep the work of a run that fails, unless it is the trainer or the checkpoint that failed."""
-        if isinstance(error, CheckpointError) or self._progress.step < 1:
+        if isinstance(error, CheckpointError) or self.progress.step < 1:
             return
         try:
             self._save()
@@ -222,9 +222,9 @@ class Loop:
 
     def _summary(self) -> dict[str, Any]:
         return summarise(
-            steps=self._progress.step,
-            rewards=[reward for _, reward in self._progress.evaluations],
-            reports=self._progress.reports,
+            steps=self.progress.step,
+            rewards=[reward for _, reward in self.progress.evaluations],
+            reports=self.progress.reports,
             trainer=self._config.trainer.backend,
             generator=self._config.generator.backend,
             transport=self._workers.transport,
@@ -239,5 +239,3 @@ def notify(hook: str, **arguments: Any) -> None:
         caller(**arguments)
     except Exception:
         _log.exception("an observer failed in %s; the run goes on", hook)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,36 @@ from rlbridge.rl.loop import Loop, Task
 from rlbridge.rl.prompts import read_prompts, split_held_out, tokenize
 from rlbridge.rl.rewards import resolve_reward
 from rlbridge.rl.run import Run
-from rlbridge.rl.workers import workers
+from rlbridge.rl.transports import choose_transport
+from rlbridge.rl.workers import device_of, workers
+from rlbridge.roles.transport import TransportOptions
 
 
-def run_config(run: Run, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Everything from the model to the summary. `tell` is told, in lines, what happens before the first step."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before anything is placed."""
+
+    task: Task
+    transport: TransportOptions
+
+
+def prepare(config: RunConfig, tell: Callable[[str], None]) -> Prepared:
+    """Everything that can fail without a cluster: the model, the prompts, the reward, the transport. Writes nothing but a model.
+
+    `tell` is told, in lines, what is made and chosen.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config: RunConfig = run.config
+    transport = choose_transport(config, device_of(config.generator), tell)
     make_model(config, tell)
     task = load_task(config)
-    tell(f"{len(task.prompts)} prompts, {len(task.held_out)} held out; writing to {run.directory}")
-    with workers(config, tell) as started:
-        return Loop(run, task, started).run()
+    tell(f"{len(task.prompts)} prompts, {len(task.held_out)} held out")
+    return Prepared(task, transport)
+
+
+def execute(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """Start the actors and run the loop to its end. Returns the summary."""
+    with workers(run.config, prepared.transport) as started:
+        return Loop(run, prepared.task, started).run()
 
 
 def make_model(config: RunConfig, tell: Callable[[str], None]) -> None:

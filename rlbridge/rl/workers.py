@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlbridge.cluster.groups import GeneratorGroup, TrainerGroup
 from rlbridge.cluster.ray_cluster import Ask, cluster
 from rlbridge.config import RunConfig
 from rlbridge.machine import has_rdma_device
-from rlbridge.rl.transports import choose_transport
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.options import RoleOptions
 from rlbridge.roles.trainer import AlgorithmOptions, OptimizerOptions, TrainerContext
+from rlbridge.roles.transport import TransportOptions
 from rlbridge.sync.messages import TransportSpec
 from rlbridge.sync.session import SyncOptions, SyncSession
 
@@ -29,18 +29,16 @@ class Workers:
 
 
 @contextlib.contextmanager
-def workers(config: RunConfig, tell: Callable[[str], None]) -> Iterator[Workers]:
+def workers(config: RunConfig, transport: TransportOptions) -> Iterator[Workers]:
     """Start Ray and the actors, load the models, and end them all at the end.
 
     Raises:
         ResourceError: the cluster has less than the config asks for, or the actors do not start in time.
-        TransportError: the transport cannot work on this machine.
     """
     asks = [
         Ask("trainer", config.trainer.workers, config.trainer.resources),
         Ask("generator", config.generator.workers, config.generator.resources),
     ]
-    transport = choose_transport(config, device_of(config.generator), tell)
     with cluster(asks, config.cluster.address, config.cluster.temp_dir) as own:
         env = _environment(own)
         trainer = TrainerGroup(config.trainer, env)

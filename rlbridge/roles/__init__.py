@@ -1,0 +1,1 @@
+"""The contracts that a plugin's author implements."""

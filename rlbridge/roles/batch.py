@@ -100,7 +100,9 @@ class Batch(msgspec.Struct):
         )
 
 
-def pad_sequences(prompts: list[list[int]], completions: list[list[int]], *, pad: int = 0, temperature: float = 1.0) -> Sequences:
+def pad_sequences(
+    prompts: list[list[int]], completions: list[list[int]], *, pad: int = 0, temperature: float = 1.0
+) -> Sequences:
     """Right-padded sequences of prompts joined with their completions."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     tokens_BT = np.full((len(prompts), max(lengths, default=0)), pad, dtype=np.int32)
@@ -131,7 +133,7 @@ def _array_to(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot cross to another process")
 
 
-def _array_from(kind: type, value: Any) -> object:
+def _array_from(_kind: type, value: Any) -> object:
     dtype, shape, raw = value
     return np.frombuffer(raw, dtype=np.dtype(dtype)).reshape(shape).copy()
 

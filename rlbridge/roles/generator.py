@@ -45,7 +45,7 @@ O = TypeVar("O", bound=GeneratorOptions)  # noqa: E741  (the options model of a 
 
 
 class Generator(ABC, Generic[O]):
-    """One serving engine. An engine has one or more ranks; each rank holds a `Subscriber` (rlbridge.sync) over its parameters.
+    """One serving engine. It has one or more ranks; each rank holds a `Subscriber` (rlbridge.sync) over its parameters.
 
     The core never generates, scores or installs on an engine whose weights are torn: it guards the calls, so a backend need not.
     `version` is set by the core at each commit and stamped on the tokens sampled after it.
@@ -76,15 +76,15 @@ class Generator(ABC, Generic[O]):
         `tensors` (what a transport that moves Ray objects delivered) is only given to backends whose ranks are Ray actors.
         """
 
-    def pause(self, mode: PauseMode = "wait") -> None:  # noqa: B027  (an engine with no requests in flight has nothing to pause)
+    def pause(self, mode: PauseMode = "wait") -> None:  # an engine with no requests in flight has nothing to pause
         """Stop scheduling: `keep` holds running requests, `wait` lets them finish, `abort` ends them."""
 
-    def resume(self) -> None:  # noqa: B027
+    def resume(self) -> None:
         """Go on after `pause`."""
 
     @abstractmethod
     def invalidate_caches(self) -> None:
         """Drop what was computed with the old weights: prefix cache, and running KV unless it is kept on purpose."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Free what the engine holds. The default does nothing."""

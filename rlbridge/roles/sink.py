@@ -52,9 +52,7 @@ class RecordedSink(WeightSink):
         refresh: Recomputes what the engine derives from its parameters; called after each install.
     """
 
-    def __init__(
-        self, load: Loader, parameters: Mapping[str, torch.Tensor], refresh: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, load: Loader, parameters: Mapping[str, torch.Tensor], refresh: Callable[[], None] | None = None) -> None:
         self._load = load
         self._parameters = dict(parameters)
         self._refresh = refresh

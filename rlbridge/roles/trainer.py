@@ -23,7 +23,9 @@ class TrainerOptions(RoleOptions):
 
     backend: str = Field("native", description="Name of the trainer backend.")
     workers: int = Field(1, ge=1, description="Data-parallel ranks, one Ray actor each.")
-    micro_batch: int = Field(0, ge=0, description="Sequences of one forward and backward pass; 0 takes all of a rank's at once.")
+    micro_batch: int = Field(
+        0, ge=0, description="Sequences of one forward and backward pass; 0 takes all of a rank's at once."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the parameters and of the optimizer's copy.")
 
 

@@ -30,7 +30,9 @@ class TransportOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    backend: str = Field("nixl", description="Name of the transport backend, or auto: the first that works here, printed with the reason.")
+    backend: str = Field(
+        "nixl", description="Name of the transport backend, or auto: the first that works here, printed with the reason."
+    )
 
 
 class Copy(msgspec.Struct, frozen=True):
@@ -106,14 +108,14 @@ class Transport(ABC, Generic[O]):
     def connect(self, peers: Mapping[str, bytes], copies: Sequence[Copy]) -> None:
         """Prepare all transfers of the epoch: `peers` are addresses by name, `copies` those that this end takes part in."""
 
-    def send(self, version: int, slot: int, deadline: float) -> None:  # noqa: B027  (a READ has nothing to send)
+    def send(self, version: int, slot: int, deadline: float) -> None:  # a READ has nothing to send
         """Source side of a one-sided WRITE: move version `version` out of buffer `slot` to every sink before `deadline`.
 
         `deadline` is in the seconds of `time.monotonic`.
         """
 
     def tensors(self, version: int, slot: int, sink: str) -> list[torch.Tensor]:
-        """Source side of a transport that moves Ray objects: what `sink` is to get, one tensor a copy, in the order of `copies`."""
+        """Source side of a transport that moves Ray objects: what `sink` gets, one tensor a copy, in the order of `copies`."""
         raise TypeError(f"{type(self).__name__} moves no Ray objects")
 
     @abstractmethod

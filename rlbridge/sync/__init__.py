@@ -1,0 +1,1 @@
+"""The versioned protocol that brings a trainer's weights into a generator."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rlbridge.errors import DirtyError, RlbridgeError
+from rlbridge.errors import DeadlineError, DirtyError, RlbridgeError, StaleVersionError, SyncError
 from rlbridge.sync.messages import Installed, State, Timed, Wait, answer, pack, result, unpack
 
 if TYPE_CHECKING:
@@ -55,37 +55,59 @@ class Engine:
     def handle(self, method: str, payload: bytes, tensors: dict[str, list[Any]] | None = None) -> list[bytes]:
         """Answer one call of the session: one answer a rank, or a single one for what concerns the engine as a whole."""
         if method == "update":
-            return [answer(lambda: self._update(unpack(payload, Wait).version))]
+            return [answer(lambda: self._update(unpack(payload, Wait)))]
         if method == "state":
             return [answer(lambda: State(self.state, self.version))]
         if method == "scramble":
-            self.state = "dirty"
+            with self._busy:
+                self.state = "dirty"
+                return self.generator.on_each_rank(method, payload, tensors)
         return self.generator.on_each_rank(method, payload, tensors)
 
-    def _update(self, version: int) -> Installed:
+    def _update(self, message: Wait) -> Installed:
         """Pause, install on every rank, check the live parameters, drop the caches, commit, resume."""
-        with self._busy:
-            start = time.monotonic()
-            self.generator.pause("wait")
-            self.state = "updating"
-            try:
-                install = max(t.seconds for t in self._ranks("install", version, Timed))
-                check = max(t.seconds for t in self._ranks("check", version, Timed))
-                self.generator.invalidate_caches()
-                self._ranks("commit", version, State)
-            except BaseException as error:
-                self.state = "dirty"
-                if isinstance(error, RlbridgeError):
-                    raise error.at(role="generator", peer=self.name, version=version, phase="install") from error
-                raise
-            self.generator.version = self.version = version
-            self.state = "ready"
-            self.generator.resume()
-            return Installed(install, check, time.monotonic() - start)
+        start = time.monotonic()
+        if not self._busy.acquire(timeout=max(message.seconds, 0.0)):
+            raise DeadlineError(
+                f"the engine was busy for {message.seconds:.1f} s: nothing was installed",
+                role="generator",
+                rank=self.name,
+                version=message.version,
+                phase="install",
+                todo="a call of generate or score takes longer than sync.deadline_seconds",
+            )
+        try:
+            return self._replace_weights(message, start)
+        finally:
+            self._busy.release()
 
-    def _ranks(self, method: str, version: int, kind: type[Any]) -> list[Any]:
-        replies = self.generator.on_each_rank(method, msgspec.msgpack.encode([pack(Wait(version, 0.0))]), None)
-        return [result(reply, kind) for reply in replies]
+    def _replace_weights(self, message: Wait, start: float) -> Installed:
+        version = message.version
+        where = {"role": "generator", "rank": self.name, "version": version, "phase": "install"}
+        if version <= self.version:
+            raise StaleVersionError(f"version {version} is not newer than version {self.version}, which is held", **where)
+        self.generator.pause("wait")
+        self.state = "updating"
+        try:
+            install = max(t.seconds for t in self._ranks("install", message, Timed))
+            check = max(t.seconds for t in self._ranks("check", message, Timed))
+            self.generator.invalidate_caches()
+            self._ranks("commit", message, State)
+        except BaseException as error:
+            self.state = "dirty"  # and paused: the update that succeeds resumes it
+            if isinstance(error, RlbridgeError):
+                raise error.at(**where) from error
+            if isinstance(error, Exception):
+                raise SyncError(f"the install stopped: {type(error).__name__}: {error}", **where) from error
+            raise
+        self.generator.version = self.version = version
+        self.state = "ready"
+        self.generator.resume()
+        return Installed(install, check, time.monotonic() - start)
+
+    def _ranks(self, method: str, message: Wait, kind: type[Any]) -> list[Any]:
+        payload = msgspec.msgpack.encode([pack(Wait(message.version, 0.0, message.epoch))])
+        return [result(reply, kind) for reply in self.generator.on_each_rank(method, payload, None)]
 
     def _serving(self) -> None:
         if self.state != "ready":

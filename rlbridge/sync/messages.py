@@ -1,18 +1,24 @@
-"""What the session, the publishers and the subscribers say to one another: msgspec structs, never framework objects."""
+"""What the session, the publishers and the subscribers say to one another: msgspec structs, never framework objects.
+
+A message about a version carries the token of its epoch, so that a call that a stopped process answers too late, when the session
+has long begun another epoch, is refused. An empty token stands for whichever epoch is open.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 
-from rlbridge.errors import WireError, from_wire, to_wire
-from rlbridge.roles.transport import Copy
+from rlbridge.errors import RlbridgeError, WireError, from_wire, to_wire
+from rlbridge.roles.transport import Copy, WireEvidence
 from rlbridge.weights.layout import Layout, TensorMeta
 from rlbridge.weights.plan import SinkShare, SourceShare
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Nothing(msgspec.Struct, frozen=True):
@@ -47,6 +53,7 @@ class OpenSource(msgspec.Struct, frozen=True):
     publish: str
     lease_seconds: float
     share: SourceShare
+    session: str = ""
 
 
 class OpenSink(msgspec.Struct, frozen=True):
@@ -55,6 +62,7 @@ class OpenSink(msgspec.Struct, frozen=True):
     epoch: int
     transport: TransportSpec
     share: SinkShare
+    session: str = ""
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -74,6 +82,7 @@ class Connect(msgspec.Struct, frozen=True):
 
     peers: dict[str, bytes]
     copies: list[Copy]
+    epoch: str = ""
 
 
 class Publish(msgspec.Struct, frozen=True):
@@ -81,6 +90,7 @@ class Publish(msgspec.Struct, frozen=True):
 
     version: int
     sinks: list[str]
+    epoch: str = ""
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -96,6 +106,14 @@ class Send(msgspec.Struct, frozen=True):
     version: int
     slot: int
     seconds: float
+    epoch: str = ""
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """A version was handed to the transport in so many seconds, and what carried it where this end knows."""
+
+    seconds: float
+    evidence: WireEvidence | None = None
 
 
 class Digests(msgspec.Struct, frozen=True):
@@ -110,6 +128,7 @@ class Acknowledge(msgspec.Struct, frozen=True):
 
     version: int
     sinks: list[str]
+    epoch: str = ""
 
 
 class Pull(msgspec.Struct, frozen=True):
@@ -118,6 +137,7 @@ class Pull(msgspec.Struct, frozen=True):
     version: int
     slot: int
     seconds: float
+    epoch: str = ""
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -125,13 +145,15 @@ class Wait(msgspec.Struct, frozen=True):
 
     version: int
     seconds: float
+    epoch: str = ""
 
 
 class Pulled(msgspec.Struct, frozen=True):
-    """Bytes that arrived, and in how many seconds."""
+    """Bytes that arrived, in how many seconds, and what carried them."""
 
     nbytes: int
     seconds: float
+    evidence: WireEvidence | None = None
 
 
 class Verify(msgspec.Struct, frozen=True):
@@ -139,6 +161,7 @@ class Verify(msgspec.Struct, frozen=True):
 
     version: int
     digests: list[bytes]
+    epoch: str = ""
 
 
 class Timed(msgspec.Struct, frozen=True):
@@ -188,7 +211,10 @@ def answer(call: Callable[[], object]) -> bytes:
     """The result of `call` as an `Ok`, or its error as a `Failed`: errors cross environments as ours."""
     try:
         return pack(Ok(pack(call())))
+    except RlbridgeError as error:
+        return pack(Failed(to_wire(error)))
     except Exception as error:
+        _log.exception("an error that is none of rlbridge's own: only its text crosses to the driver")
         return pack(Failed(to_wire(error)))
 
 

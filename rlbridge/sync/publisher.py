@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from rlbridge.errors import DeadlineError, LayoutError, LeaseError, StaleVersionError, SyncError
+from rlbridge.errors import DeadlineError, LayoutError, LeaseError, StaleVersionError, SyncError, TransportError
 from rlbridge.plugins import registry
 from rlbridge.roles.source import WeightSource
 from rlbridge.roles.transport import Transport, TransportContext
+from rlbridge.sync.epoch import Epoch
 from rlbridge.sync.messages import (
     Acknowledge,
     Connect,
@@ -25,6 +27,7 @@ from rlbridge.sync.messages import (
     Publish,
     Published,
     Send,
+    Sent,
     Timed,
     TransportSpec,
     Wait,
@@ -43,6 +46,7 @@ class _Slot:
     version: int = 0
     waiting: set[str] = field(default_factory=set)
     until: float = 0.0
+    hashed: Future[Digests] | None = None
 
 
 class Publisher:
@@ -50,44 +54,48 @@ class Publisher:
 
     Publishing "snapshot" copies into one of two arenas, so training goes on at once. Publishing "barrier" lets the peers read
     the live parameters: `may_train` then refuses until they are done.
+
+    Calls are answered one after the other, except for the waiting for digests.
     """
 
     def __init__(self, name: str, source: WeightSource, device: str = "cpu") -> None:
         self.name = name
         self._source = source
         self._device = device
+        self._epoch = Epoch(name)
         self._slots: list[_Slot] = []
-        self._version = 0
+        self._next = 0
+        self._version = 0  # newest that was published in this epoch, or acknowledged in any
+        self._acknowledged = 0
         self._barrier = False
         self._lease = 0.0
         self._transport: Transport[Any] | None = None
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="rlbridge-digest")
-        self._hashes: dict[int, Future[Digests]] = {}
+        self._lock = threading.RLock()
 
     def handle(self, method: str, payload: bytes) -> bytes:
         """Answer one call of the session; see `rlbridge.sync.messages` for the types."""
         return answer(lambda: self._dispatch(method, payload))
 
     def _dispatch(self, method: str, payload: bytes) -> object:
-        match method:
-            case "layout":
-                return Described(self.name, self._source.layout())
-            case "open":
-                return self._open(unpack(payload, OpenSource))
-            case "connect":
-                return self._connect(unpack(payload, Connect))
-            case "publish":
-                return self._publish(unpack(payload, Publish))
-            case "send":
-                return self._send(unpack(payload, Send))
-            case "digests":
-                return self._digests(unpack(payload, Wait))
-            case "acknowledge":
-                return self._acknowledge(unpack(payload, Acknowledge))
-            case "evidence":
-                return self._connected().evidence()
-            case "close":
-                return self.close()
+        if method == "digests":
+            return self._digests(unpack(payload, Wait))
+        with self._lock:
+            match method:
+                case "layout":
+                    return Described(self.name, self._source.layout())
+                case "open":
+                    return self._open(unpack(payload, OpenSource))
+                case "connect":
+                    return self._connect(unpack(payload, Connect))
+                case "publish":
+                    return self._publish(unpack(payload, Publish))
+                case "send":
+                    return self._send(unpack(payload, Send))
+                case "acknowledge":
+                    return self._acknowledge(unpack(payload, Acknowledge))
+                case "close":
+                    return self.close()
         raise SyncError(f"a publisher has no method {method!r}", role="trainer", rank=self.name)
 
     def may_train(self) -> None:
@@ -108,21 +116,25 @@ class Publisher:
 
     def tensors(self, version: int, slot: int, sink: str) -> list[torch.Tensor]:
         """What a transport that moves Ray objects sends to `sink`."""
-        self._check_slot(version, slot)
-        return self._connected().tensors(version, slot, sink)
+        with self._lock:
+            self._check_slot(version, slot)
+            return self._connected().tensors(version, slot, sink)
 
     def close(self) -> Nothing:
-        """End the epoch: deregister and free the arenas."""
-        if self._transport is not None:
-            self._transport.close()
-        self._transport = None
-        self._slots = []
-        self._hashes = {}
-        return Nothing()
+        """End the epoch: deregister and free the arenas, in this order, so that no peer's read finds memory that is gone."""
+        with self._lock:
+            if self._transport is not None:
+                self._transport.close()
+            self._transport = None
+            self._slots = []
+            return Nothing()
 
     def _open(self, message: OpenSource) -> Opened:
+        self._epoch.begin(message.session, message.epoch)
         self.close()
         start = time.monotonic()
+        self._next = 0
+        self._version = self._acknowledged  # nobody has what was published last: the version may be published again
         self._lease = message.lease_seconds
         self._barrier = message.publish == "barrier"
         share = message.share
@@ -143,11 +155,14 @@ class Publisher:
         return Opened(self._transport.open(blocks), time.monotonic() - start, places)
 
     def _connect(self, message: Connect) -> Timed:
+        self._epoch.check(message.epoch)
         start = time.monotonic()
         self._connected().connect(message.peers, message.copies)
         return Timed(time.monotonic() - start)
 
     def _publish(self, message: Publish) -> Published:
+        self._epoch.check(message.epoch, message.version)
+        self._connected()
         if message.version <= self._version:
             raise StaleVersionError(
                 f"version {message.version} cannot be published after version {self._version}",
@@ -156,22 +171,34 @@ class Publisher:
                 version=message.version,
                 todo="versions only grow",
             )
-        index = message.version % len(self._slots)
+        index = self._next
         slot = self._slots[index]
         self._check_lease(slot)
         start = time.monotonic()
-        if not self._barrier:
-            self._source.snapshot(slot.segments)
+        slot.version, slot.hashed = 0, None
+        if self._barrier:
+            self._check_in_place(slot.segments, message.version)
         else:
-            slot.segments = self._source.live()
+            self._source.snapshot(slot.segments)
+        synchronize(self._device)
         seconds = time.monotonic() - start
         self._version = slot.version = message.version
+        self._next = (index + 1) % len(self._slots)
         slot.waiting = set(message.sinks)
         slot.until = time.monotonic() + self._lease
-        segments = slot.segments
-        self._hashes = {v: f for v, f in self._hashes.items() if v > message.version - 2}
-        self._hashes[message.version] = self._hasher.submit(_hash, segments)
+        slot.hashed = self._hasher.submit(_hash, slot.segments)
         return Published(index, seconds)
+
+    def _check_in_place(self, registered: list[torch.Tensor], version: int) -> None:
+        now = self._source.live()
+        if [t.data_ptr() for t in now] != [t.data_ptr() for t in registered]:
+            raise LayoutError(
+                "the trainer's parameters have moved in memory since they were registered",
+                role="trainer",
+                rank=self.name,
+                version=version,
+                todo="sync again: it begins a new epoch. If they move at each step, use sync.publish=snapshot",
+            )
 
     def _check_lease(self, slot: _Slot) -> None:
         if not slot.waiting:
@@ -195,26 +222,42 @@ class Publisher:
             todo="the next sync begins a new epoch without what they were reading",
         )
 
-    def _send(self, message: Send) -> Timed:
+    def _send(self, message: Send) -> Sent:
+        self._epoch.check(message.epoch, message.version)
         self._check_slot(message.version, message.slot)
+        transport = self._connected()
         start = time.monotonic()
-        self._connected().send(message.version, message.slot, start + message.seconds)
-        return Timed(time.monotonic() - start)
+        transport.send(message.version, message.slot, start + message.seconds)
+        return Sent(time.monotonic() - start, transport.evidence())
 
     def _digests(self, message: Wait) -> Digests:
-        if message.version not in self._hashes:
+        with self._lock:
+            self._epoch.check(message.epoch, message.version)
+            hashed = next((s.hashed for s in self._slots if s.version == message.version), None)
+        if hashed is None:
             raise SyncError(f"version {message.version} is not published here", rank=self.name, version=message.version)
         try:
-            return self._hashes[message.version].result(timeout=message.seconds)
+            return hashed.result(timeout=max(message.seconds, 0.0))
         except FutureTimeoutError as error:
             raise DeadlineError(
                 f"hashing did not end within {message.seconds:.1f} s", rank=self.name, version=message.version, phase="verify"
             ) from error
 
     def _acknowledge(self, message: Acknowledge) -> Nothing:
+        self._epoch.check(message.epoch, message.version)
         for slot in self._slots:
-            if slot.version == message.version:
-                slot.waiting -= set(message.sinks)
+            if slot.version != message.version:
+                continue
+            if self._barrier and slot.waiting and time.monotonic() >= slot.until:
+                raise LeaseError(
+                    f"version {slot.version} was read in place for longer than its lease: training may have changed it",
+                    role="trainer",
+                    rank=self.name,
+                    version=slot.version,
+                    todo="it is not installed; let sync.lease_seconds be longer than sync.deadline_seconds",
+                )
+            slot.waiting -= set(message.sinks)
+            self._acknowledged = max(self._acknowledged, message.version)
         return Nothing()
 
     def _check_slot(self, version: int, slot: int) -> None:
@@ -227,16 +270,26 @@ class Publisher:
         return self._transport
 
 
-def open_transport(spec: TransportSpec, name: str, side: Any, epoch: int, device: str) -> Transport[Any]:
+def open_transport(spec: TransportSpec, name: str, side: Literal["source", "sink"], epoch: int, device: str) -> Transport[Any]:
     """This end of the transport that the session asked for.
 
     Raises:
         PluginError: its backend is not installed in this environment.
+        TransportError: it cannot work on this machine.
     """
     backend = registry().load("transport", spec.backend)
     options = registry().options_model("transport", spec.backend).model_validate(spec.options)
+    reason = backend.unavailable(options, device)
+    if reason is not None:
+        raise TransportError(f"{spec.backend} cannot work here: {reason}", rank=name, phase="register")
     transport: Transport[Any] = backend(TransportContext(name, side, epoch, device, spec.options), options)
     return transport
+
+
+def synchronize(device: str) -> None:
+    """Wait until what was queued on the device is done: a transport, which reads and writes memory, knows no CUDA streams."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def _hash(segments: list[torch.Tensor]) -> Digests:

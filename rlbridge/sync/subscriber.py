@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ import torch
 from rlbridge.errors import DeadlineError, DigestError, DirtyError, QuarantineError, RlbridgeError, StaleVersionError, SyncError
 from rlbridge.roles.sink import WeightSink
 from rlbridge.roles.transport import Transport
+from rlbridge.sync.epoch import Epoch
 from rlbridge.sync.messages import (
     Connect,
     Described,
@@ -34,12 +36,15 @@ from rlbridge.sync.messages import (
     answer,
     unpack,
 )
-from rlbridge.sync.publisher import open_transport
+from rlbridge.sync.publisher import open_transport, synchronize
 from rlbridge.weights.arena import Arena
 from rlbridge.weights.digest import BYTES, digests
 from rlbridge.weights.plan import SinkShare
 
 Tensors = Mapping[str, list[torch.Tensor]]
+
+_SLACK_SECONDS = 1.0
+"""Waiting goes on for so long after a deadline: the transfer ends by it too, and its error names the peers."""
 
 
 class _Receipt:
@@ -66,7 +71,7 @@ class _Receipt:
         message = self._message
         try:
             nbytes = self._transport.receive(message.version, message.slot, self._tensors, start + message.seconds)
-            self.pulled = Pulled(nbytes, time.monotonic() - start)
+            self.pulled = Pulled(nbytes, time.monotonic() - start, self._transport.evidence())
         except BaseException as error:  # kept, and raised by the thread that waits
             self.error = error
         finally:
@@ -74,8 +79,25 @@ class _Receipt:
             self._done.set()
 
 
+@dataclass
+class _Grave:
+    """An arena of an earlier epoch that may still be written to, with what writes. `peers_closed`: no peer can begin to any more."""
+
+    arena: Arena
+    transport: Transport[Any]
+    receipt: _Receipt | None
+    peers_closed: bool = False
+
+    def at_rest(self) -> bool:
+        if self.receipt is not None and self.receipt.running:
+            return False
+        return self.peers_closed or self.transport.settled()
+
+
 class Subscriber:
     """Receives versions into an arena and installs them through a `WeightSink`.
+
+    Calls are answered one after the other, except for the waiting for a pull.
 
     Args:
         name: This rank's name in the session, for example "generator[0].rank[1]".
@@ -91,6 +113,7 @@ class Subscriber:
         self._sink = sink
         self._device = device
         self._rank = rank
+        self._epoch = Epoch(name)
         self._share: SinkShare | None = None
         self._arena: Arena | None = None
         self._segments: list[torch.Tensor] = []
@@ -98,7 +121,8 @@ class Subscriber:
         self._receipt: _Receipt | None = None
         self._verified: tuple[int, list[bytes]] | None = None
         self._quarantined = False
-        self._graveyard: list[tuple[Arena, Transport[Any], _Receipt | None]] = []
+        self._graveyard: list[_Grave] = []
+        self._lock = threading.RLock()
 
     def handle(self, method: str, payload: bytes, tensors: Tensors | None = None) -> bytes:
         """Answer one call of the session. `payload` is a list with one message for each rank of the engine."""
@@ -106,60 +130,63 @@ class Subscriber:
         return answer(lambda: self._dispatch(method, messages[self._rank % len(messages)], tensors or {}))
 
     def _dispatch(self, method: str, payload: bytes, tensors: Tensors) -> object:
-        match method:
-            case "record":
-                return Described(self.name, self._sink.record(unpack(payload, Record).tensors))
-            case "open":
-                return self._open(unpack(payload, OpenSink))
-            case "connect":
-                return self._connect(unpack(payload, Connect))
-            case "start_pull":
-                return self._start_pull(unpack(payload, Pull), tensors)
-            case "wait_pull":
-                return self._wait_pull(unpack(payload, Wait))
-            case "verify":
-                return self._verify(unpack(payload, Verify))
-            case "install":
-                return self._install(unpack(payload, Wait).version)
-            case "check":
-                return self._check(unpack(payload, Wait).version)
-            case "commit":
-                return self._commit(unpack(payload, Wait).version)
-            case "state":
-                return State(self.state, self.version)
-            case "live_digests":
-                return Digests(b"".join(digests(self._sink.live())), 0.0)
-            case "scramble":
-                return self._scramble()
-            case "evidence":
-                return self._connected().evidence()
-            case "close":
-                return self.close()
+        if method == "wait_pull":
+            return self._wait_pull(unpack(payload, Wait))
+        with self._lock:
+            match method:
+                case "record":
+                    return Described(self.name, self._sink.record(unpack(payload, Record).tensors))
+                case "open":
+                    return self._open(unpack(payload, OpenSink))
+                case "connect":
+                    return self._connect(unpack(payload, Connect))
+                case "start_pull":
+                    return self._start_pull(unpack(payload, Pull), tensors)
+                case "verify":
+                    return self._verify(unpack(payload, Verify))
+                case "install":
+                    return self._install(unpack(payload, Wait))
+                case "check":
+                    return self._check(unpack(payload, Wait))
+                case "commit":
+                    return self._commit(unpack(payload, Wait))
+                case "state":
+                    return State(self.state, self.version)
+                case "live_digests":
+                    return Digests(b"".join(digests(self._sink.live())), 0.0)
+                case "scramble":
+                    return self._scramble()
+                case "close":
+                    return self.close()
         raise SyncError(f"a subscriber has no method {method!r}", role="generator", rank=self.name)
 
     def close(self) -> Nothing:
         """End the epoch. An arena that a transfer may still write into is kept until that transfer is over."""
-        self._bury()
-        if self._transport is not None and self._arena is not None:
-            if self._quarantined:
-                self._graveyard.append((self._arena, self._transport, self._receipt))
-            else:
-                self._transport.close()
-        self._transport, self._arena, self._share, self._receipt = None, None, None, None
-        self._segments, self._verified, self._quarantined = [], None, False
-        return Nothing()
+        with self._lock:
+            self._bury()
+            if self._transport is not None and self._arena is not None:
+                grave = _Grave(self._arena, self._transport, self._receipt)
+                # A pull may be running that nobody waited for, because the session gave up for another reason.
+                if self._quarantined or not grave.at_rest():
+                    self._graveyard.append(grave)
+                else:
+                    self._transport.close()
+            self._transport, self._arena, self._share, self._receipt = None, None, None, None
+            self._segments, self._verified, self._quarantined = [], None, False
+            return Nothing()
 
     def _bury(self) -> None:
         """Free the quarantined arenas whose transfers are over."""
-        alive = []
-        for arena, transport, receipt in self._graveyard:
-            if (receipt is not None and receipt.running) or not transport.settled():
-                alive.append((arena, transport, receipt))
+        kept = []
+        for grave in self._graveyard:
+            if grave.at_rest():
+                grave.transport.close()
             else:
-                transport.close()
-        self._graveyard = alive
+                kept.append(grave)
+        self._graveyard = kept
 
     def _open(self, message: OpenSink) -> Opened:
+        self._epoch.begin(message.session, message.epoch)
         self.close()
         start = time.monotonic()
         share = message.share
@@ -171,13 +198,18 @@ class Subscriber:
         return Opened(self._transport.open([self._arena.tensor]), time.monotonic() - start)
 
     def _connect(self, message: Connect) -> Timed:
+        self._epoch.check(message.epoch)
         start = time.monotonic()
         self._connected().connect(message.peers, message.copies)
+        for grave in self._graveyard:  # every peer has opened this epoch, and so has closed the earlier ones, or is gone
+            grave.peers_closed = True
         return Timed(time.monotonic() - start)
 
     def _start_pull(self, message: Pull, tensors: Tensors) -> Nothing:
+        self._epoch.check(message.epoch, message.version)
         transport = self._connected()
-        if self._quarantined:
+        self._bury()
+        if self._quarantined or (self._receipt is not None and self._receipt.running):
             raise QuarantineError(
                 "an earlier transfer may still write into this arena",
                 role="generator",
@@ -197,11 +229,16 @@ class Subscriber:
         return Nothing()
 
     def _wait_pull(self, message: Wait) -> Pulled:
-        receipt = self._receipt
+        with self._lock:
+            self._epoch.check(message.epoch, message.version)
+            receipt = self._receipt
         if receipt is None or receipt.version != message.version:
             raise SyncError(f"no pull of version {message.version} was begun", rank=self.name, version=message.version)
-        if not receipt.wait(message.seconds):
-            self._quarantined = True
+        ended = receipt.wait(max(message.seconds, 0.0) + _SLACK_SECONDS)
+        with self._lock:
+            if receipt is self._receipt and not (ended and receipt.error is None):
+                self._quarantined = True
+        if not ended:
             raise DeadlineError(
                 f"the transfer did not end within {message.seconds:.1f} s; its arena is quarantined",
                 role="generator",
@@ -211,20 +248,17 @@ class Subscriber:
                 todo="is a peer stopped, or the link slower than sync.deadline_seconds allows?",
             )
         if receipt.error is not None:
-            self._quarantined = True
+            where = {"role": "generator", "rank": self.name, "version": message.version, "phase": "wire"}
             if isinstance(receipt.error, RlbridgeError):
-                raise receipt.error.at(role="generator", rank=self.name, version=message.version, phase="wire")
+                raise receipt.error.at(**where)
             raise SyncError(
-                f"the transfer failed: {type(receipt.error).__name__}: {receipt.error}",
-                role="generator",
-                rank=self.name,
-                version=message.version,
-                phase="wire",
+                f"the transfer failed: {type(receipt.error).__name__}: {receipt.error}", **where
             ) from receipt.error
         assert receipt.pulled is not None
         return receipt.pulled
 
     def _verify(self, message: Verify) -> Timed:
+        self._epoch.check(message.epoch, message.version)
         start = time.monotonic()
         receipt = self._receipt
         if receipt is None or receipt.version != message.version or receipt.pulled is None:
@@ -235,37 +269,50 @@ class Subscriber:
         self._verified = (message.version, expected)
         return Timed(time.monotonic() - start)
 
-    def _install(self, version: int) -> Timed:
-        if self._verified is None or self._verified[0] != version:
+    def _install(self, message: Wait) -> Timed:
+        self._epoch.check(message.epoch, message.version)
+        if self._verified is None or self._verified[0] != message.version:
             raise SyncError(
-                f"version {version} is not verified: it is not installed", role="generator", rank=self.name, version=version
+                f"version {message.version} is not verified: it is not installed",
+                role="generator",
+                rank=self.name,
+                version=message.version,
             )
         start = time.monotonic()
         self.state = "updating"
         try:
             self._sink.install(self._segments)
+            synchronize(self._device)
         except BaseException:
             self.state = "dirty"
             raise
         return Timed(time.monotonic() - start)
 
-    def _check(self, version: int) -> Timed:
+    def _check(self, message: Wait) -> Timed:
         """Hash the live parameters: what is served is what was published, not only what arrived."""
         start = time.monotonic()
-        if self.state != "updating" or self._verified is None or self._verified[0] != version:
-            raise SyncError(f"version {version} is not installed", role="generator", rank=self.name, version=version)
+        expected = self._installed(message)
         try:
-            self._compare(self._verified[1], digests(self._sink.live()), version, "install", "in the live parameters")
+            self._compare(expected, digests(self._sink.live()), message.version, "install", "in the live parameters")
         except DigestError:
             self.state = "dirty"
             raise
         return Timed(time.monotonic() - start)
 
-    def _commit(self, version: int) -> State:
-        if self.state != "updating" or self._verified is None or self._verified[0] != version:
-            raise SyncError(f"version {version} is not installed", role="generator", rank=self.name, version=version)
-        self.state, self.version = "ready", version
+    def _commit(self, message: Wait) -> State:
+        self._installed(message)
+        self.state, self.version = "ready", message.version
+        self._bury()
         return State(self.state, self.version)
+
+    def _installed(self, message: Wait) -> list[bytes]:
+        """The digests of the version that is being installed."""
+        self._epoch.check(message.epoch, message.version)
+        if self.state != "updating" or self._verified is None or self._verified[0] != message.version:
+            raise SyncError(
+                f"version {message.version} is not installed", role="generator", rank=self.name, version=message.version
+            )
+        return self._verified[1]
 
     def _scramble(self) -> Nothing:
         self.state = "dirty"

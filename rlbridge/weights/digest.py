@@ -19,8 +19,5 @@ def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     return [xxhash.xxh3_128_digest(_raw(tensor)) for tensor in tensors]
 
 
-def _raw(tensor: torch.Tensor) -> object:
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.dtype != torch.uint8:
-        flat = flat.view(torch.uint8)
-    return flat.cpu().numpy()
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data

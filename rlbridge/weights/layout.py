@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPE_BYTES = {
-    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
+    "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8,
     "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
     "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
 }  # fmt: skip
@@ -33,7 +33,7 @@ class TensorMeta(msgspec.Struct, frozen=True):
     alias_of: str | None = None
 
 
-class Region(msgspec.Struct, frozen=True):
+class Region(msgspec.Struct, frozen=True, gc=False):
     """The box of checkpoint tensor `tensor` that starts at `offset` and has `shape` (elements, one entry a dimension)."""
 
     tensor: str
@@ -47,14 +47,14 @@ class Region(msgspec.Struct, frozen=True):
 
     def intersect(self, other: Region) -> Region | None:
         """The common box of two regions of one tensor, or None if they share no element."""
-        low = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        high = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        )
-        if any(h <= lo for lo, h in zip(low, high, strict=True)):
-            return None
-        return Region(self.tensor, low, tuple(h - lo for lo, h in zip(low, high, strict=True)))
+        offset, shape = [], []
+        for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
+            low, high = max(a, b), min(a + n, b + m)
+            if high <= low:
+                return None
+            offset.append(low)
+            shape.append(high - low)
+        return Region(self.tensor, tuple(offset), tuple(shape))
 
     def __str__(self) -> str:
         box = ", ".join(f"{o}:{o + n}" for o, n in zip(self.offset, self.shape, strict=True))
@@ -133,17 +133,19 @@ def flat_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tu
         yield from _in_row(shape, whole_to, whole_to * row, stop)
 
 
-def _in_row(
-    shape: Sequence[int], index: int, start: int, stop: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     row = math.prod(shape[1:])
     for offset, box, flat in flat_boxes(shape[1:], start - index * row, stop - index * row):
         yield (index, *offset), (1, *box), flat + index * row
 
 
 def strided_boxes(
-    shape: Sequence[int], view_offset: int, view_shape: Sequence[int], view_strides: Sequence[int],
-    other_strides: Sequence[int], other_offset: int,
+    shape: Sequence[int],
+    view_offset: int,
+    view_shape: Sequence[int],
+    view_strides: Sequence[int],
+    other_strides: Sequence[int],
+    other_offset: int,
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]:
     """The boxes of a row-major tensor of `shape` that a strided view of it consists of.
 
@@ -152,7 +154,7 @@ def strided_boxes(
     strides of the other array along the box's dimensions, its offset at the box's first element).
 
     Raises:
-        LayoutError: the view visits elements in a way that is no union of boxes (a diagonal, an expanded dimension).
+        LayoutError: the view repeats elements (an expanded dimension), or leaves the tensor.
     """
     if any(n == 0 for n in view_shape):
         return
@@ -163,6 +165,32 @@ def strided_boxes(
     # The largest stride first: a transposed view is the same boxes with the other array's strides in another order.
     dims.sort(key=lambda d: -d[1])
     yield from _boxes(tuple(shape), own, view_offset, _merged(dims), other_offset)
+
+
+def compose(view: Piece, base: Sequence[int], parts: Sequence[Piece]) -> Iterator[Piece]:
+    """Where a view of a row-major tensor of shape `base` lies, given where boxes of that tensor lie.
+
+    Args:
+        view: A box of a checkpoint tensor, with its offset and strides in the row-major tensor.
+        base: The row-major tensor's shape.
+        parts: Boxes of the row-major tensor, disjoint. What no part covers is left out.
+
+    Raises:
+        LayoutError: the view repeats elements of the row-major tensor.
+    """
+    shape = view.region.shape
+    if not parts:
+        return
+    for offset, box, strides, flat in strided_boxes(base, view.offset, shape, view.strides, contiguous_strides(shape), 0):
+        for part in parts:
+            inner = part.region.intersect(Region(part.region.tensor, offset, box))
+            if inner is None:
+                continue
+            at = flat + sum((i - o) * s for i, o, s in zip(inner.offset, offset, strides, strict=True))
+            source = part.narrow(inner)
+            for own, size, steps, first in strided_boxes(shape, at, inner.shape, strides, source.strides, source.offset):
+                origin = tuple(o + i for o, i in zip(view.region.offset, own, strict=True))
+                yield Piece(Region(view.region.tensor, origin, size), source.storage, first, steps)
 
 
 def _merged(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -179,27 +207,33 @@ def _merged(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
 def _boxes(
     shape: tuple[int, ...], own: tuple[int, ...], start: int, dims: list[tuple[int, int, int]], other: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]]:
-    offset = [0] * len(shape)
-    rest = start
-    for d, stride in enumerate(own):
-        offset[d], rest = divmod(rest, stride) if shape[d] > 1 or stride == 1 else (0, rest)
+    offset = _coordinates(shape, own, start)
     box, strides = [1] * len(shape), [0] * len(shape)
     for index, (n, s, o) in enumerate(dims):
+        # The outermost dimension in which a step of s elements moves.
         d = next((k for k in range(len(shape)) if shape[k] > 1 and own[k] <= s), None)
         if d is None:
             raise LayoutError("a view steps outside of its checkpoint tensor")
-        inner_uses_d = any(own[d] <= s2 for _, s2, _ in dims[index + 1 :])
-        if s == own[d] and box[d] == 1 and offset[d] + n <= shape[d] and not inner_uses_d:
+        inner_uses_d = any(own[d] <= inner for _, inner, _ in dims[index + 1 :])
+        if s == own[d] and offset[d] + n <= shape[d] and not inner_uses_d:
             box[d], strides[d] = n, o
             continue
         if s == own[d] and not inner_uses_d and offset[d] == 0 and n % shape[d] == 0 and d > 0:
-            # The dimension runs over whole rows of the one above: two dimensions that were merged. Split it again.
-            split = dims[:index] + [(n // shape[d], s * shape[d], o * shape[d]), (shape[d], s, o)] + dims[index + 1 :]
-            yield from _boxes(shape, own, start, split, other)
+            # It runs over whole rows of the dimension above: two that were merged. Split it again.
+            split = [(n // shape[d], s * shape[d], o * shape[d]), (shape[d], s, o)]
+            yield from _boxes(shape, own, start, dims[:index] + split + dims[index + 1 :], other)
             return
         # A step over rows, or a run that crosses a row's end: one box for each index.
-        rest_dims = dims[:index] + dims[index + 1 :]
         for i in range(n):
-            yield from _boxes(shape, own, start + i * s, rest_dims, other + i * o)
+            yield from _boxes(shape, own, start + i * s, dims[:index] + dims[index + 1 :], other + i * o)
         return
-    yield tuple(offset), tuple(box), tuple(strides), other
+    yield offset, tuple(box), tuple(strides), other
+
+
+def _coordinates(shape: tuple[int, ...], own: tuple[int, ...], flat: int) -> tuple[int, ...]:
+    """Where element `flat` of a row-major tensor of `shape` and strides `own` lies."""
+    found = []
+    for n, stride in zip(shape, own, strict=True):
+        at, flat = divmod(flat, stride) if n > 1 else (0, flat)
+        found.append(at)
+    return tuple(found)

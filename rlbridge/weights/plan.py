@@ -1,29 +1,38 @@
 """The M x N plan: which segment of which trainer rank's arena goes where in which engine rank's arena.
 
 An owned region is cut where any engine rank's region begins or ends, in every dimension (the common refinement), so a segment
-is wholly needed or wholly not by each engine rank. Each lies contiguous in the source arena: a tensor-parallel cut on
-dimension 1 costs a strided copy in the snapshot, not a descriptor a row on the wire.
+is wholly needed or wholly not by each engine rank. Each lies contiguous in the source arena, beside the others that the same
+engine ranks take: a tensor-parallel cut on dimension 1 costs a strided copy in the snapshot, not a descriptor a row on the wire
 """
 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import msgspec
 
 from rlbridge.errors import LayoutError
-from rlbridge.weights.boxes import Box, overlap
-from rlbridge.weights.layout import DTYPE_BYTES, Layout, Region, TensorMeta
+from rlbridge.weights.boxes import overlap
+from rlbridge.weights.layout import DTYPE_BYTES, Layout, Region, TensorMeta, whole
 
 ALIGNMENT = 64
 """Segments start at multiples of this many bytes: a cache line, and a multiple of every dtype's size."""
 
-_FLOATS = {name for name in DTYPE_BYTES if name.startswith(("float", "bfloat"))}
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}  # float8 means nothing without its scales: it is never cast
+
+_Held = tuple[int, int, Region]
+"""A region, with the rank that holds it and its index in that rank's layout."""
 
 
-class Segment(msgspec.Struct, frozen=True):
+_Draft = tuple[tuple[int, ...], tuple[int, ...], Region, str, int]
+"""A segment without a place: the sinks that take it, the index of the region that it lies in there, region, dtype, bytes."""
+
+
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """A box in a source arena: `nbytes` bytes from `offset` on, in the wire dtype, row-major."""
 
     region: Region
@@ -32,7 +41,7 @@ class Segment(msgspec.Struct, frozen=True):
     nbytes: int
 
 
-class Part(msgspec.Struct, frozen=True):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """A segment in a sink arena.
 
     `source` and `segment` say whose and which segment it is, `source_offset` where it starts there; `piece` is the index of
@@ -99,56 +108,37 @@ def compile_plan(sources: Sequence[Layout], sinks: Sequence[Layout], *, cast: st
 
     Args:
         sources: One layout a trainer rank. Equal regions on several ranks are replicas; each segment is taken from one of them.
-        sinks: One layout a engine rank, with the dtypes of its parameters.
+        sinks: One layout an engine rank, with the dtypes of its parameters.
         cast: "generator" rounds floating dtypes to the sinks' in the snapshot; "refuse" makes any difference an error.
 
     Raises:
         LayoutError: names the tensors that are missing, surplus or overlapping, or of another shape or dtype.
     """
     metas = _agreed(sources, "trainer")
-    owners = _by_tensor(sources)
-    needs = _by_tensor(sinks)
+    owners = _by_tensor(sources, "trainer")
+    needs = _by_tensor(sinks, "generator")
     wire, casts = _wire_dtypes(metas, sinks, needs, cast)
     _check_surplus(metas, needs)
     loads = [0] * len(sources)
-    segments: list[list[Segment]] = [[] for _ in sources]
-    parts: list[list[Part]] = [[] for _ in sinks]
+    drafts: list[list[_Draft]] = [[] for _ in sources]
     for name, meta in metas.items():
-        if name not in needs:
+        needed = needs.get(name)
+        if needed is None:
             continue
-        regions = _owned(name, owners.get(name, []))
-        wanted = needs[name]
-        covered = [0] * len(wanted)
-        for box, ranks in regions.items():
-            for region in _refined(box, [w[2] for w in wanted]):
-                takers = [k for k, (_, _, need) in enumerate(wanted) if need.intersect(region) == region]
-                if not takers:
-                    continue
-                source = min(ranks, key=lambda r: (loads[r], r))
-                segment = _append(segments[source], region, wire[name])
-                loads[source] += segment.nbytes
-                for k in takers:
-                    sink, piece, _ = wanted[k]
-                    covered[k] += region.numel
-                    parts[sink].append(
-                        Part(
-                            source, len(segments[source]) - 1, segment.offset, piece, region, wire[name], 0, segment.nbytes
-                        )
-                    )
-        for k, (sink, _, need) in enumerate(wanted):
-            if covered[k] != need.numel:
-                raise LayoutError(
-                    f"no trainer rank owns all of {need}, which the generator needs: {covered[k]} of {need.numel} elements",
-                    tensor=name,
-                    role="generator",
-                    rank=sink,
-                    todo=f"shape in the checkpoint: {meta.shape}; check the trainer's layout",
+        wanted = _Wanted(needed)
+        covered = [0] * len(needed)
+        for box, ranks in _owned(name, owners.get(name, [])).items():
+            for region, takers in wanted.cut(box):
+                source = min(ranks, key=lambda rank: (loads[rank], rank))
+                nbytes = region.numel * DTYPE_BYTES[wire[name]]
+                loads[source] += nbytes
+                drafts[source].append(
+                    (tuple(needed[k][0] for k in takers), tuple(needed[k][1] for k in takers), region, wire[name], nbytes)
                 )
-    return Plan(
-        [SourceShare(s, _end(s)) for s in segments],
-        [_placed(p) for p in parts],
-        casts,
-    )
+                for k in takers:
+                    covered[k] += region.numel
+        _check_covered(meta, needed, covered)
+    return _placed(drafts, len(sinks), casts)
 
 
 def runs(parts: Sequence[Part]) -> list[Run]:
@@ -156,7 +146,11 @@ def runs(parts: Sequence[Part]) -> list[Run]:
     joined: list[Run] = []
     for part in parts:
         last = joined[-1] if joined else None
-        if last is not None and last.source == part.source and part.source_offset - last.source_offset == part.offset - last.offset:
+        if (
+            last is not None
+            and last.source == part.source
+            and part.source_offset - last.source_offset == part.offset - last.offset
+        ):
             joined[-1] = Run(last.source, last.source_offset, last.offset, part.offset + part.nbytes - last.offset)
         else:
             joined.append(Run(part.source, part.source_offset, part.offset, part.nbytes))
@@ -174,7 +168,13 @@ def spread(tensors: Sequence[TensorMeta], ranks: int) -> list[int]:
 
 
 def _nbytes(tensor: TensorMeta) -> int:
-    return Region(tensor.name, (0,) * len(tensor.shape), tensor.shape).numel * DTYPE_BYTES[tensor.dtype]
+    if tensor.dtype not in DTYPE_BYTES:
+        raise LayoutError(f"tensors of {tensor.dtype} cannot be carried", tensor=tensor.name)
+    return whole(tensor).numel * DTYPE_BYTES[tensor.dtype]
+
+
+def _described(meta: TensorMeta) -> str:
+    return f"{meta.dtype}{list(meta.shape)}" + (f", an alias of {meta.alias_of}" if meta.alias_of else "")
 
 
 def _agreed(layouts: Sequence[Layout], role: str) -> dict[str, TensorMeta]:
@@ -185,7 +185,7 @@ def _agreed(layouts: Sequence[Layout], role: str) -> dict[str, TensorMeta]:
             known = metas.setdefault(meta.name, meta)
             if known != meta:
                 raise LayoutError(
-                    f"{role} ranks disagree: {known.dtype}{list(known.shape)} and {meta.dtype}{list(meta.shape)}",
+                    f"{role} ranks disagree: {_described(known)} and {_described(meta)}",
                     tensor=meta.name,
                     role=role,
                     rank=rank,
@@ -193,18 +193,34 @@ def _agreed(layouts: Sequence[Layout], role: str) -> dict[str, TensorMeta]:
     return {name: meta for name, meta in metas.items() if meta.alias_of is None}
 
 
-def _by_tensor(layouts: Sequence[Layout]) -> dict[str, list[tuple[int, int, Region]]]:
-    """(rank, index in its layout, region) of every region that has elements, by tensor."""
-    found: dict[str, list[tuple[int, int, Region]]] = {}
+def _by_tensor(layouts: Sequence[Layout], role: str) -> dict[str, list[_Held]]:
+    """Every region that has elements, by tensor; each must lie within its tensor."""
+    found: dict[str, list[_Held]] = {}
     for rank, layout in enumerate(layouts):
+        metas = layout.meta()
         for index, region in enumerate(layout.regions):
+            meta = metas.get(region.tensor)
+            if meta is None or not _within(region, meta.shape):
+                raise LayoutError(
+                    f"this {role} rank's layout has {region}, which is no part of any tensor that it lists",
+                    tensor=region.tensor,
+                    role=role,
+                    rank=rank,
+                    todo=f"the tensor's shape there: {list(meta.shape)}" if meta else "",
+                )
             if region.numel:
                 found.setdefault(region.tensor, []).append((rank, index, region))
     return found
 
 
+def _within(region: Region, shape: Sequence[int]) -> bool:
+    if not len(region.offset) == len(region.shape) == len(shape):
+        return False
+    return all(o >= 0 and n >= 0 and o + n <= m for o, n, m in zip(region.offset, region.shape, shape, strict=True))
+
+
 def _wire_dtypes(
-    metas: dict[str, TensorMeta], sinks: Sequence[Layout], needs: dict[str, list[tuple[int, int, Region]]], cast: str
+    metas: dict[str, TensorMeta], sinks: Sequence[Layout], needs: dict[str, list[_Held]], cast: str
 ) -> tuple[dict[str, str], list[Cast]]:
     sink_metas = [layout.meta() for layout in sinks]
     wire: dict[str, str] = {}
@@ -217,7 +233,7 @@ def _wire_dtypes(
             there = sink_metas[rank][name]
             if there.shape != meta.shape:
                 raise LayoutError(
-                    f"the trainer has shape {list(meta.shape)} ({meta.dtype}), the generator {list(there.shape)} ({there.dtype})",
+                    f"the trainer has {_described(meta)}, the generator {_described(there)}: the shapes differ",
                     tensor=name,
                     role="generator",
                     rank=rank,
@@ -229,7 +245,7 @@ def _wire_dtypes(
             continue
         if cast != "generator" or not {wire[name], meta.dtype} <= _FLOATS:
             raise LayoutError(
-                f"the trainer has {meta.dtype}{list(meta.shape)}, the generator {wire[name]}{list(meta.shape)}",
+                f"the trainer has {_described(meta)}, the generator {wire[name]}{list(meta.shape)}: the dtypes differ",
                 tensor=name,
                 todo="give trainer and generator one dtype, or let the snapshot round with sync.cast=generator"
                 if {wire[name], meta.dtype} <= _FLOATS
@@ -239,8 +255,8 @@ def _wire_dtypes(
     return wire, casts
 
 
-def _check_surplus(metas: dict[str, TensorMeta], needs: dict[str, list[tuple[int, int, Region]]]) -> None:
-    surplus = [m.name for m in metas.values() if m.name not in needs and _nbytes(m)]
+def _check_surplus(metas: dict[str, TensorMeta], needs: dict[str, list[_Held]]) -> None:
+    surplus = [m.name for m in metas.values() if _nbytes(m) and m.name not in needs]
     if surplus:
         raise LayoutError(
             f"the trainer publishes {len(surplus)} tensors that no engine rank takes: {', '.join(surplus[:8])}",
@@ -249,47 +265,96 @@ def _check_surplus(metas: dict[str, TensorMeta], needs: dict[str, list[tuple[int
         )
 
 
-def _owned(name: str, found: Iterable[tuple[int, int, Region]]) -> dict[Region, list[int]]:
+def _check_covered(meta: TensorMeta, needed: Sequence[_Held], covered: Sequence[int]) -> None:
+    for (sink, _, need), found in zip(needed, covered, strict=True):
+        if found != need.numel:
+            raise LayoutError(
+                f"no trainer rank owns all of {need}, which the generator needs: {found} of {need.numel} elements",
+                tensor=meta.name,
+                role="generator",
+                rank=sink,
+                todo=f"shape in the checkpoint: {meta.shape}; check the trainer's layout",
+            )
+
+
+def _owned(name: str, found: Iterable[_Held]) -> dict[Region, list[int]]:
     """The distinct regions of one tensor with the ranks that hold each; they must be disjoint."""
     regions: dict[Region, list[int]] = {}
     for rank, _, region in found:
         regions.setdefault(region, []).append(rank)
     distinct = list(regions)
-    twice = overlap([Box(r.offset, r.shape) for r in distinct])
+    twice = overlap(distinct)
     if twice is not None:
         a, b = (distinct[i] for i in twice)
-        raise LayoutError(f"two trainer ranks own {a} (rank {regions[a][0]}) and {b} (rank {regions[b][0]}), which overlap", tensor=name)
+        raise LayoutError(
+            f"two trainer ranks own {a} (rank {regions[a][0]}) and {b} (rank {regions[b][0]}), which overlap", tensor=name
+        )
     return regions
 
 
+class _Wanted:
+    """What the engine ranks need of one tensor: each distinct region once, found by the row that it starts in."""
+
+    def __init__(self, needed: Sequence[_Held]) -> None:
+        takers: dict[Region, list[int]] = {}
+        for k, (_, _, region) in enumerate(needed):
+            takers.setdefault(region, []).append(k)
+        self._wanted = sorted(takers.items(), key=lambda item: _rows(item[0]))
+        self._starts = [_rows(region)[0] for region, _ in self._wanted]
+        self._longest = max(stop - start for start, stop in map(_rows, takers))
+
+    def cut(self, box: Region) -> Iterator[tuple[Region, list[int]]]:
+        """The parts of an owned region that are wholly needed or wholly not by each engine rank, with who needs them."""
+        common: dict[Region, list[int]] = {}
+        start, stop = _rows(box)
+        for index in range(bisect_right(self._starts, start - self._longest), bisect_left(self._starts, stop)):
+            region, takers = self._wanted[index]
+            inner = box.intersect(region)
+            if inner is not None:
+                common.setdefault(inner, []).extend(takers)
+        if overlap(list(common)) is None:
+            yield from common.items()
+            return
+        for cell in _refined(box, list(common)):
+            takers = [k for part, some in common.items() if part.intersect(cell) is not None for k in some]
+            if takers:
+                yield cell, takers
+
+
+def _rows(region: Region) -> tuple[int, int]:
+    """Where a region starts and stops in the first dimension."""
+    return (region.offset[0], region.offset[0] + region.shape[0]) if region.shape else (0, 1)
+
+
 def _refined(region: Region, wanted: Sequence[Region]) -> Iterator[Region]:
-    """`region` cut wherever one of `wanted` begins or ends, in every dimension."""
+    """`region` cut wherever one of `wanted`, boxes in it, begins or ends, in every dimension."""
     axes = []
     for d, (start, length) in enumerate(zip(region.offset, region.shape, strict=True)):
-        edges = {w.offset[d] for w in wanted} | {w.offset[d] + w.shape[d] for w in wanted}
-        inner = sorted(e for e in edges if start < e < start + length)
-        axes.append(list(itertools.pairwise([start, *inner, start + length])))
+        edges = {w.offset[d] for w in wanted} | {w.offset[d] + w.shape[d] for w in wanted} | {start, start + length}
+        axes.append(list(itertools.pairwise(sorted(edges))))
     for cell in itertools.product(*axes):
         yield Region(region.tensor, tuple(a for a, _ in cell), tuple(b - a for a, b in cell))
 
 
-def _append(segments: list[Segment], region: Region, dtype: str) -> Segment:
-    segment = Segment(region, dtype, _end(segments), region.numel * DTYPE_BYTES[dtype])
-    segments.append(segment)
-    return segment
-
-
-def _end(segments: Sequence[Segment | Part]) -> int:
-    return _aligned(segments[-1].offset + segments[-1].nbytes) if segments else 0
+def _placed(drafts: Sequence[list[_Draft]], sinks: int, casts: list[Cast]) -> Plan:
+    """The plan, with a place for every segment in the arenas."""
+    shares: list[SourceShare] = []
+    parts: list[list[Part]] = [[] for _ in range(sinks)]
+    ends = [0] * sinks
+    for source, drafted in enumerate(drafts):
+        # What the same engine ranks take lies together, so that each of them gets it in one copy.
+        drafted.sort(key=itemgetter(0))
+        segments: list[Segment] = []
+        end = 0
+        for index, (takers, pieces, region, dtype, nbytes) in enumerate(drafted):
+            segments.append(Segment(region, dtype, end, nbytes))
+            for sink, piece in zip(takers, pieces, strict=True):
+                parts[sink].append(Part(source, index, end, piece, region, dtype, ends[sink], nbytes))
+                ends[sink] = _aligned(ends[sink] + nbytes)
+            end = _aligned(end + nbytes)
+        shares.append(SourceShare(segments, end))
+    return Plan(shares, [SinkShare(p, end) for p, end in zip(parts, ends, strict=True)], casts)
 
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _placed(parts: Sequence[Part]) -> SinkShare:
-    """The parts with their places in the sink arena: in the source's order, so that neighbours stay neighbours."""
-    placed: list[Part] = []
-    for part in sorted(parts, key=lambda p: (p.source, p.source_offset)):
-        placed.append(msgspec.structs.replace(part, offset=_end(placed)))
-    return SinkShare(placed, _end(placed))

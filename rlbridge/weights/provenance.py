@@ -54,14 +54,10 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._origins[storage_key(tensor)] = _Origin(tensor, frozenset([name]), None, frozenset([tensor.dtype]))
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,  # noqa: ARG002
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        origins = [o for t in _tensors((args, kwargs)) if (o := self._origins.get(storage_key(t))) is not None]
+        origins = [o for t in tensors_in((args, kwargs)) if (o := self._origins.get(storage_key(t))) is not None]
         if not origins:
             return func(*args, **kwargs)
         roots = frozenset[str]().union(*(o.roots for o in origins))
@@ -75,7 +71,7 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             error.add_note(f"in {func} of {', '.join(sorted(roots))}")
             raise
         changed = list(written(func, args, kwargs))
-        new = [t for t in _tensors(out) if storage_key(t) not in self._origins]
+        new = [t for t in tensors_in(out) if storage_key(t) not in self._origins]
         computed_by = next((o.computed_by for o in origins if o.computed_by), str(func))
         for tensor in changed + new:
             self._origins[storage_key(tensor)] = _Origin(tensor, roots, [], frozenset([tensor.dtype]), computed_by)
@@ -88,7 +84,9 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def computed_by(self, tensor: torch.Tensor) -> str:
         """The op that made values of `tensor` which no placeholder holds, or "" if all were copied."""
-        origin = self._origins[storage_key(tensor)]
+        origin = self._origins.get(storage_key(tensor))
+        if origin is None:
+            return "nothing of a placeholder went into it"
         return "a view as another dtype" if tensor.dtype != origin.tensor.dtype else origin.computed_by
 
     def dtypes_of(self, tensor: torch.Tensor) -> frozenset[torch.dtype]:
@@ -103,10 +101,9 @@ class Provenance(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         computed_by = self.computed_by(tensor) or ("a change of dtype" if len(self.dtypes_of(tensor)) > 1 else "")
         if computed_by:
+            roots = ", ".join(sorted(self.roots_of(tensor)))
             raise LayoutError(
-                f"{name!r} is not a rearrangement of {', '.join(sorted(self.roots_of(tensor)))}:"
-                f" its values are computed ({computed_by})",
-                tensor=name,
+                f"{name!r} is not a rearrangement of {roots}: its values are computed ({computed_by})", tensor=name
             )
         return list(self.boxes_of(tensor, name))
 
@@ -158,8 +155,9 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     """The tensors that a call of `func` changes in place."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(args[index] if index < len(args) else kwargs.get(argument.name))
+            yield from tensors_in(args[index] if index < len(args) else kwargs.get(argument.name))
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in an op's arguments or results."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

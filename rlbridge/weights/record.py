@@ -1,26 +1,26 @@
 """Record where an engine's own loader puts each checkpoint tensor. No name tables.
 
-The loader is run once over placeholder tensors on the meta device. Views of a placeholder (narrow, view, transpose, chunk ...)
-are ordinary torch views, so torch itself keeps their offset and strides; a copy of one into a parameter is logged instead of
-done. What is logged is the exact slice map of this rank: fused projections, tensor-parallel slices, replicated heads.
+The loader is run once over placeholders on the meta device. A copy of one into a parameter is logged instead of done, with
+where its elements lie in the checkpoint tensor. The log is the exact slice map of this rank: fused projections, tensor-parallel
+slices, replicated heads.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlbridge.errors import LayoutError
-from rlbridge.weights.layout import Piece, Region, TensorMeta, strided_boxes
-from rlbridge.weights.boxes import Box, overlap
+from rlbridge.weights.boxes import overlap
+from rlbridge.weights.layout import Piece, Region, TensorMeta, contiguous_strides, strided_boxes
+from rlbridge.weights.provenance import Provenance, aten, storage_key, tensors_in, written
 
-_aten = torch.ops.aten
-_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default, _aten.detach_copy.default}
+_STREAM = "this tensor has to be streamed through the engine's own update call"
 
 
 def record(
@@ -36,212 +36,195 @@ def record(
         LayoutError: an element of a parameter is not written, or is written twice; the loader computes with a tensor
             instead of copying it; the loader refuses a tensor.
     """
-    recorder = _Recorder(tensors, parameters)
+    recorder = _Recorder(tensors, _distinct(parameters))
     try:
         with torch.no_grad(), recorder:
             load(recorder.placeholders())
     except LayoutError:
         raise
     except Exception as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         raise LayoutError(
-            f"the engine's loader failed: {type(error).__name__}: {error}",
+            f"the engine's loader failed: {type(error).__name__}: {error}{notes}",
             tensor=recorder.current,
             todo="the trainer publishes a tensor that this engine does not take, or of another shape",
         ) from error
-    pieces = recorder.pieces()
-    _check_written_once(pieces, parameters, [t.name for t in tensors])
-    return pieces
+    recorder.check_parameters(parameters)
+    return list(recorder.pieces)
 
 
 @dataclass(frozen=True)
-class _Strided:
-    """A view of one storage, in elements."""
+class _Parameter:
+    """A parameter as a box of a row-major frame: the strides of its storage, the outermost first.
 
-    storage: int
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    Attributes:
+        frame: Shape of the row-major tensor, from the parameter's first element on, that the parameter is the corner of.
+        box: Shape of that corner.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    frame: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def boxes(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Iterator[Region]:
+        """The boxes of the frame that a view of the storage consists of."""
+        found = strided_boxes(self.frame, offset - int(self.tensor.storage_offset()), shape, strides, strides, 0)
+        for at, box, _, _ in found:
+            yield Region(self.name, at, box)
+
+    def holds(self, view: torch.Tensor) -> bool:
+        """Whether all elements of `view`, of the same storage, belong to the parameter."""
+        first = int(view.storage_offset()) - int(self.tensor.storage_offset())
+        if first < 0 or first + _extent(view) > _extent(self.tensor):
+            return False
+        boxes = self.boxes(int(view.storage_offset()), tuple(view.shape), tuple(view.stride()))
+        return all(o + n <= m for box in boxes for o, n, m in zip(box.offset, box.shape, self.box, strict=True))
 
 
-@dataclass(frozen=True)
-class _Composite:
-    """A tensor that the loader built from others (cat, stack, clone): which box of it came from which view."""
-
-    shape: tuple[int, ...]
-    parts: list[tuple[tuple[int, ...], tuple[int, ...], _Strided]]
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self, tensors: Sequence[TensorMeta], parameters: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+class _Recorder(Provenance):  # type: ignore[no-untyped-call]
+    def __init__(self, tensors: Sequence[TensorMeta], parameters: dict[int, list[_Parameter]]) -> None:
+        self._metas = {t.name: t for t in tensors}
+        self._given = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in tensors}
+        super().__init__(self._given)
         self.current: str | None = None
-        self._tensors = tensors
-        self._meta = {t.name: t for t in tensors}
-        self._names: dict[int, str] = {}
-        self._composites: dict[int, _Composite] = {}
-        self._keep: list[torch.Tensor] = []  # storages are told apart by address, so none may be freed and reused
-        self._parameters: dict[int, str] = {}
-        for name, parameter in parameters.items():
-            self._parameters.setdefault(parameter.untyped_storage()._cdata, name)
-        self._writes: list[tuple[str, _Strided, str, _Strided]] = []
+        self.pieces: dict[Piece, None] = {}
+        self._parameters = parameters
 
-    def placeholders(self) -> Iterable[tuple[str, torch.Tensor]]:
-        for tensor in self._tensors:
-            self.current = tensor.name
-            placeholder = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
-            self._names[placeholder.untyped_storage()._cdata] = tensor.name
-            self._keep.append(placeholder)
-            yield tensor.name, placeholder
+    def placeholders(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._given.items():
+            self.current = name
+            yield name, tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is _aten.copy_.default and self._tracked(args[1]):
-            self._copied(args[0], args[1])
+        targets = list(written(func, args, kwargs or {}))
+        if func.overloadpacket is aten.copy_ and self.roots_of(args[1]):
+            self._write(args[0], args[1])
             return args[0]
-        tracked = [t for t in _tensors_in(args) if self._tracked(t)]
-        if not tracked:
-            return func(*args, **kwargs)
-        if func in _COPIES:
-            out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="meta")
-            return self._composite(out, [((0,) * out.dim(), tuple(out.shape), _strided(args[0]))])
-        if func in (_aten.cat.default, _aten.stack.default):
-            return self._joined(func, args, kwargs)
-        out = func(*args, **kwargs)
-        if all(self._tracked(t) for t in _tensors_in((out,))):
-            return out
-        raise LayoutError(
-            f"the engine's loader computes with this tensor ({func}), which cannot be replayed as a copy",
-            tensor=self._origin(tracked[0]),
-            todo="this tensor has to be streamed through the engine's own update call",
-        )
+        if not any(storage_key(t) in self._parameters for t in targets):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if roots := sorted(root for t in tensors_in((args, kwargs)) for root in self.roots_of(t)):
+            raise _computed(func, roots)
+        return targets[0] if func._schema.returns else None  # parameters stay untouched
 
-    def pieces(self) -> list[Piece]:
-        found: dict[Piece, None] = {}
-        for name, source, parameter, target in self._writes:
-            canonical = self._meta[name].alias_of or name
-            shape = self._meta[name].shape
-            boxes = strided_boxes(shape, source.offset, source.shape, source.strides, target.strides, target.offset)
-            for offset, box, strides, at in boxes:
-                found[Piece(Region(canonical, offset, box), parameter, at, strides)] = None
-        return list(found)
+    def check_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Every element of every parameter is written exactly once."""
+        for name, tensor in parameters.items():
+            if storage_key(tensor) not in self._parameters:
+                raise LayoutError(
+                    f"the engine's loader puts another tensor in the place of the parameter {name!r}", tensor=name
+                )
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            pieces.setdefault(piece.storage, []).append(piece)
+        self._check_one_dtype(parameters)
+        for parameter in (p for shared in self._parameters.values() for p in shared):
+            _check_written_once(parameter, pieces.get(parameter.name, []), list(self._metas))
 
-    def _tracked(self, value: Any) -> bool:
-        if not isinstance(value, torch.Tensor) or value.device.type != "meta":
-            return False
-        key = value.untyped_storage()._cdata
-        return key in self._names or key in self._composites
+    def _check_one_dtype(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """A tensor travels in one dtype, so all parameters that it goes to have that."""
+        first: dict[str, str] = {}
+        for piece in self.pieces:
+            a, b = first.setdefault(piece.region.tensor, piece.storage), piece.storage
+            if parameters[a].dtype != parameters[b].dtype:
+                raise LayoutError(
+                    f"the engine holds this tensor as {parameters[a].dtype} ({a!r}) and as {parameters[b].dtype} ({b!r})",
+                    tensor=piece.region.tensor,
+                )
 
-    def _origin(self, value: torch.Tensor) -> str | None:
-        key = value.untyped_storage()._cdata
-        return self._names.get(key, self.current)
-
-    def _composite(self, out: torch.Tensor, parts: list[tuple[tuple[int, ...], tuple[int, ...], _Strided]]) -> torch.Tensor:
-        self._composites[out.untyped_storage()._cdata] = _Composite(tuple(out.shape), parts)
-        self._keep.append(out)
-        return out
-
-    def _joined(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        if not all(self._tracked(t) for t in tensors):
-            raise LayoutError("the engine's loader joins checkpoint tensors with others", tensor=self.current)
-        if func is _aten.stack.default:
-            dim = dim % (tensors[0].dim() + 1)
-            tensors = [t.unsqueeze(dim) for t in tensors]
-        dim = dim % tensors[0].dim()
-        shape = list(tensors[0].shape)
-        shape[dim] = sum(t.shape[dim] for t in tensors)
-        parts, at = [], 0
-        for tensor in tensors:
-            offset = tuple(at if d == dim else 0 for d in range(len(shape)))
-            parts.append((offset, tuple(tensor.shape), _strided(tensor)))
-            at += tensor.shape[dim]
-        return self._composite(torch.empty(shape, dtype=tensors[0].dtype, device="meta"), parts)
-
-    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if target.shape != source.shape:
-            raise LayoutError(
-                f"the engine's loader copies shape {tuple(source.shape)} into shape {tuple(target.shape)}",
-                tensor=self._origin(source),
-            )
-        name = self._parameters.get(target.untyped_storage()._cdata)
-        if name is None:
-            raise LayoutError(
-                "the engine's loader copies into something that is none of its parameters", tensor=self._origin(source)
-            )
-        self._resolve(_strided(source), name, _strided(target))
-
-    def _resolve(self, source: _Strided, parameter: str, target: _Strided) -> None:
-        """Log a write, taken back through everything that the loader joined or cloned."""
-        if source.storage in self._names:
-            self._writes.append((self._names[source.storage], source, parameter, target))
+    def _write(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        roots = sorted(self.roots_of(source))
+        computed_by = self.computed_by(source)
+        if computed_by:
+            raise _computed(computed_by, roots)
+        try:
+            source = source.expand(target.shape)
+        except RuntimeError as error:
+            shapes = f"shape {tuple(source.shape)} into shape {tuple(target.shape)}"
+            raise LayoutError(f"the engine's loader copies {shapes}", tensor=roots[0]) from error
+        if target.numel() == 0:
             return
-        composite = self._composites[source.storage]
-        boxes = strided_boxes(composite.shape, source.offset, source.shape, source.strides, target.strides, target.offset)
-        for offset, shape, strides, at in boxes:
-            for part_offset, part_shape, origin in composite.parts:
-                common = Region("", offset, shape).intersect(Region("", part_offset, part_shape))
-                if common is None:
-                    continue
-                out_at = at + sum((c - o) * s for c, o, s in zip(common.offset, offset, strides, strict=True))
-                in_at = origin.offset + sum(
-                    (c - o) * s for c, o, s in zip(common.offset, part_offset, origin.strides, strict=True)
-                )
-                self._resolve(
-                    _Strided(origin.storage, in_at, common.shape, origin.strides),
-                    parameter,
-                    _Strided(target.storage, out_at, common.shape, strides),
-                )
+        parameter = next((p for p in self._parameters.get(storage_key(target), ()) if p.holds(target)), None)
+        if parameter is None or parameter.tensor.dtype != target.dtype:
+            raise LayoutError("the engine's loader copies into something that is none of its parameters", tensor=roots[0])
+        self._check_rounding(source, target.dtype, roots)
+        try:
+            self.pieces.update(dict.fromkeys(self._pieces(source, target, parameter.name)))
+        except LayoutError as error:
+            error.at(tensor=roots[0])
+            raise
 
+    def _pieces(self, source: torch.Tensor, target: torch.Tensor, parameter: str) -> Iterator[Piece]:
+        shape = tuple(target.shape)
+        into = Piece(Region("", (0,) * len(shape), shape), parameter, int(target.storage_offset()), tuple(target.stride()))
+        for origin in self.boxes_of(source, ""):
+            meta, part = self._metas[origin.storage], into.narrow(origin.region)
+            boxes = strided_boxes(meta.shape, origin.offset, origin.region.shape, origin.strides, part.strides, part.offset)
+            for offset, box, strides, at in boxes:
+                yield Piece(Region(meta.alias_of or meta.name, offset, box), parameter, at, strides)
 
-def _strided(tensor: torch.Tensor) -> _Strided:
-    return _Strided(
-        tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
-    )
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
-
-
-def _check_written_once(
-    pieces: Sequence[Piece], parameters: Mapping[str, torch.Tensor], published: Sequence[str]
-) -> None:
-    """Every element of every parameter is written exactly once; parameters that share storage count as one."""
-    by_storage: dict[str, list[tuple[Box, Piece]]] = {}
-    for piece in pieces:
-        tensor = parameters[piece.storage]
-        by_storage.setdefault(piece.storage, []).extend((box, piece) for box in _target_boxes(piece, tensor))
-    seen: set[int] = set()
-    for name, tensor in parameters.items():
-        key = tensor.untyped_storage()._cdata
-        if key in seen:
-            continue
-        seen.add(key)
-        written = by_storage.get(name, [])
-        twice = overlap([box for box, _ in written])
-        if twice is not None:
-            first, second = (written[i][1].region for i in twice)
-            raise LayoutError(f"the parameter {name!r} is written twice: by {first} and by {second}", tensor=first.tensor)
-        count = sum(box.numel for box, _ in written)
-        if count != tensor.numel():
-            near = difflib.get_close_matches(name, published, n=3, cutoff=0.5)
+    def _check_rounding(self, source: torch.Tensor, dtype: torch.dtype, roots: Sequence[str]) -> None:
+        between = self.dtypes_of(source) - {dtype} - {self._given[root].dtype for root in roots}
+        if between:
             raise LayoutError(
-                f"the engine's parameter {name!r} of shape {tuple(tensor.shape)} gets {count} of its {tensor.numel()} elements"
-                " from the trainer",
-                tensor=name,
-                todo=f"nearest published names: {', '.join(near)}" if near else "no published name is like it",
+                f"the engine's loader rounds this tensor to {next(iter(between))} on its way to a parameter of {dtype}",
+                tensor=roots[0],
+                todo=_STREAM,
             )
 
 
-def _target_boxes(piece: Piece, parameter: torch.Tensor) -> Iterable[Box]:
-    base = parameter.storage_offset()
-    boxes = strided_boxes(
-        tuple(parameter.shape), piece.offset - base, piece.region.shape, piece.strides, (0,) * len(piece.strides), 0
+def _computed(op: object, roots: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"the engine's loader computes with this tensor ({op}), which cannot be replayed as a copy",
+        tensor=roots[0],
+        todo=_STREAM,
     )
-    return [Box(offset, shape) for offset, shape, _, _ in boxes]
+
+
+def _distinct(parameters: Mapping[str, torch.Tensor]) -> dict[int, list[_Parameter]]:
+    """The parameters by storage; one that lies within another (tied weights) is the other's."""
+    found: dict[int, list[_Parameter]] = {}
+    for name, tensor in sorted(parameters.items(), key=lambda item: -item[1].numel()):
+        shared = found.setdefault(storage_key(tensor), [])
+        if tensor.numel() and not any(p.holds(tensor) for p in shared):
+            shared.append(_framed(name, tensor))
+    return found
+
+
+def _framed(name: str, tensor: torch.Tensor) -> _Parameter:
+    dims = sorted(((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1), reverse=True)
+    strides, box = [s for s, _ in dims], [n for _, n in dims]
+    frame = box[:1] + [outer // max(inner, 1) for outer, inner in itertools.pairwise(strides)]
+    if strides and strides[-1] > 1:
+        frame, box = [*frame, strides[-1]], [*box, 1]
+    if list(contiguous_strides(frame))[: len(strides)] != strides or any(n > m for n, m in zip(box, frame, strict=True)):
+        shape = f"shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}"
+        raise LayoutError(f"the engine's parameter {name!r} overlaps itself in memory: {shape}", tensor=name)
+    return _Parameter(name, tensor, tuple(frame), tuple(box))
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements of the storage from the tensor's first to its last."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+
+
+def _check_written_once(parameter: _Parameter, pieces: Sequence[Piece], published: Sequence[str]) -> None:
+    name, tensor = parameter.name, parameter.tensor
+    boxes = [
+        (box, piece.region) for piece in pieces for box in parameter.boxes(piece.offset, piece.region.shape, piece.strides)
+    ]
+    twice = overlap([box for box, _ in boxes])
+    if twice is not None:
+        first, second = (boxes[i][1] for i in twice)
+        raise LayoutError(f"the parameter {name!r} is written twice: by {first} and by {second}", tensor=first.tensor)
+    count = sum(box.numel for box, _ in boxes)
+    if count != tensor.numel():
+        near = difflib.get_close_matches(name, published, n=3, cutoff=0.5)
+        raise LayoutError(
+            f"the engine's parameter {name!r} of shape {tuple(tensor.shape)} gets {count} of its {tensor.numel()} elements"
+            " from the trainer",
+            tensor=name,
+            todo=f"nearest published names: {', '.join(near)}" if near else "no published name is like it",
+        )

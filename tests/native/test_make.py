@@ -41,6 +41,7 @@ def test_held_out_prompts_are_never_trained_on(directory: Path) -> None:
     prompts = [pair["prompt"] for pair in pairs(directory / "prompts.jsonl")]
     held_out = [pair["prompt"] for pair in pairs(directory / "held_out.jsonl")]
     assert len(held_out) == 256
+    assert sum(int(p[1]) + int(p[4]) >= 10 for p in held_out) == 128
     assert len(set(prompts + held_out)) == len(prompts) + len(held_out) == 8100
 
 
@@ -95,13 +96,13 @@ def test_an_existing_directory_is_refused_and_kept(directory: Path) -> None:
 
 def test_a_warm_start_that_does_not_get_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlbridge_native.make._MAX_STEPS", 1)
-    with pytest.raises(ModelError, match="in 1 steps, not to"):
+    with pytest.raises(ModelError, match="in 1 steps"):
         make_arithmetic(tmp_path / "model", 0, quiet)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_made_model_is_right_a_little_more_than_half_of_the_time(tmp_path: Path) -> None:
+def test_a_made_model_is_right_about_half_of_the_time_and_now_and_then_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "model"
     make_arithmetic(path, 0, quiet)
     tokenizer, generator, options = AutoTokenizer.from_pretrained(path), NativeGenerator(), NativeGeneratorOptions()
@@ -111,8 +112,8 @@ def test_a_made_model_is_right_a_little_more_than_half_of_the_time(tmp_path: Pat
     completions = generator.generate(prompts, Sampling(max_tokens=4, temperature=0.0))
     answers = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
     right = sum(answer == pair["answer"] for answer, pair in zip(answers, held_out, strict=True)) / len(held_out)
-    assert 0.5 <= right < 0.6
+    assert 0.45 <= right < 0.6
     sampled = generator.generate(prompts * 16, Sampling(max_tokens=4, seed=0))
     texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in sampled]
     solved = {i % len(held_out) for i, text in enumerate(texts) if text == held_out[i % len(held_out)]["answer"]}
-    assert len(solved) / len(held_out) > 0.75
+    assert len(solved) / len(held_out) > 0.9

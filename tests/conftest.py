@@ -1,0 +1,15 @@
+"""Makes `tests.models` and the like importable here and in the processes that stand for ranks, and quiets what they would do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# Ray's memory monitor looks at the whole machine, and kills actors for what others use.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Processes that start with it compile torch anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
