@@ -41,9 +41,9 @@ def make_arithmetic(path: Path, seed: int, log: Callable[[str], None], *, accura
     as text, and each digit depends only on two digits and a carry that is known by then, which so small a model soon learns.
 
     The model, a Qwen3, is warm-started by a teacher who forgets the carry from the units two times out of three. Its likeliest
-    answers are then right where nothing is carried, and wrong where something is; half of the held-out prompts are of each kind.
-    Sampled answers are right now and then to nearly every prompt, which is what reinforcement learns from. (A model of the same
-    accuracy that is merely stopped early is right to a fifth of its samples, and learns several times more slowly.)
+    answers are then right where nothing is carried and wrong where something is, and half of the held-out prompts are of each
+    kind. Sampled answers to nearly every prompt are right now and then, which is what reinforcement learns from. (A model of
+    the same accuracy that was merely stopped early is right in a fifth of its samples, and learns several times more slowly.)
 
     The directory appears whole or not at all. A seed gives one model, on one machine with one number of threads.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rlbridge.errors import DeadlineError, DirtyError, RlbridgeError, StaleVersionError, SyncError
+from rlbridge.errors import DeadlineError, DirtyError, RlbridgeError, StaleVersionError
 from rlbridge.sync.messages import Installed, State, Timed, Wait, answer, pack, result, unpack
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ class Engine:
 
     def _update(self, message: Wait) -> Installed:
         """Pause, install on every rank, check the live parameters, drop the caches, commit, resume."""
-        start = time.monotonic()
         if not self._busy.acquire(timeout=max(message.seconds, 0.0)):
             raise DeadlineError(
                 f"the engine was busy for {message.seconds:.1f} s: nothing was installed",
@@ -77,13 +76,14 @@ class Engine:
                 todo="a call of generate or score takes longer than sync.deadline_seconds",
             )
         try:
-            return self._replace_weights(message, start)
+            return self._replace_weights(message)
         finally:
             self._busy.release()
 
-    def _replace_weights(self, message: Wait, start: float) -> Installed:
+    def _replace_weights(self, message: Wait) -> Installed:
+        start = time.monotonic()
         version = message.version
-        where = {"role": "generator", "rank": self.name, "version": version, "phase": "install"}
+        where: dict[str, Any] = {"role": "generator", "rank": self.name, "version": version, "phase": "install"}
         if version <= self.version:
             raise StaleVersionError(f"version {version} is not newer than version {self.version}, which is held", **where)
         self.generator.pause("wait")
@@ -96,9 +96,7 @@ class Engine:
         except BaseException as error:
             self.state = "dirty"  # and paused: the update that succeeds resumes it
             if isinstance(error, RlbridgeError):
-                raise error.at(**where) from error
-            if isinstance(error, Exception):
-                raise SyncError(f"the install stopped: {type(error).__name__}: {error}", **where) from error
+                error.at(**where)
             raise
         self.generator.version = self.version = version
         self.state = "ready"
@@ -118,5 +116,3 @@ class Engine:
                 version=self.version,
                 todo="a sync that succeeds makes it ready again",
             )
-
-

@@ -13,8 +13,8 @@ def token(session: str, number: int) -> str:
 class Epoch:
     """The epoch that is open in one rank.
 
-    A process that was stopped, or slow, answers old calls when it goes on: the driver has given them up, and may have begun a new
-    epoch. An old `publish` would lease a buffer of the new one, an old `start_pull` would write into its arena.
+    A process that was stopped, or slow, answers old calls when it goes on: the driver has given them up, and may have begun a
+    new epoch. An old `publish` would lease a buffer of the new one, an old `start_pull` would write into its arena.
     """
 
     def __init__(self, rank: str) -> None:

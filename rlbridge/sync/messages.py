@@ -1,7 +1,7 @@
 """What the session, the publishers and the subscribers say to one another: msgspec structs, never framework objects.
 
-A message about a version carries the token of its epoch, so that a call that a stopped process answers too late, when the session
-has long begun another epoch, is refused. An empty token stands for whichever epoch is open.
+A message about a version carries the token of its epoch, so that a call that a stopped process answers too late, when the
+session has long begun another epoch, is refused. An empty token stands for whichever epoch is open.
 """
 
 from __future__ import annotations

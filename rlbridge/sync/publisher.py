@@ -322,5 +322,5 @@ def _live_blocks(live: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[lis
         if storage.data_ptr() not in blocks:
             flat = torch.empty(0, dtype=torch.uint8, device=view.device).set_(storage)
             blocks[storage.data_ptr()] = (len(blocks), flat)
-        places.append((blocks[storage.data_ptr()][0], view.storage_offset() * view.element_size()))
+        places.append((blocks[storage.data_ptr()][0], int(view.storage_offset()) * view.element_size()))
     return [flat for _, flat in blocks.values()], [places]

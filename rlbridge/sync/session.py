@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from rlbridge.errors import DeadlineError, LeaseError, RlbridgeError
+from rlbridge.errors import LeaseError, StaleVersionError, SyncError
 from rlbridge.plugins import registry
 from rlbridge.roles.transport import Copy, Transport, WireEvidence
+from rlbridge.sync.calls import GRACE_SECONDS, LATE_SECONDS, Party, gather
+from rlbridge.sync.epoch import token
 from rlbridge.sync.messages import (
     Acknowledge,
     Connect,
@@ -31,33 +35,19 @@ from rlbridge.sync.messages import (
     Pulled,
     Record,
     Send,
+    Sent,
     Timed,
     TransportSpec,
     Verify,
     Wait,
     pack,
-    result,
 )
 from rlbridge.sync.report import AttachReport, SyncReport
 from rlbridge.weights.plan import Plan, compile_plan, runs
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
-
-
-class Party(Protocol):
-    """How the driver reaches a trainer rank or an engine. A call that finds the process gone fails with PeerLostError."""
-
-    name: str
-
-    def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
-        """Call `handle`; the replies, one a rank. `tensors` are references that Ray resolves on the way."""
-
-    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
-        """A reference to what a transport that moves Ray objects sends to `sink`."""
-
-    @property
-    def actor(self) -> Any:
-        """The Ray actor, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +61,25 @@ class SyncOptions:
     setup_seconds: float = 300.0
 
 
+@dataclass
+class _Flight:
+    """A version on its way: published, perhaps pulled, not yet installed."""
+
+    version: int
+    slot: int
+    start: float
+    limit: float
+    phases: dict[str, float]
+    nbytes: int = 0
+    evidence: list[WireEvidence] = field(default_factory=list)
+    pulled: bool = False
+
+
 class SyncSession:
     """Carries versions of the weights from trainer ranks to engines.
+
+    `sync` is all of it. `publish`, `pull` and `install` are its three steps, for a caller that does something in between: after
+    `publish` the trainers may train, until `install` the engines serve what they have.
 
     Args:
         trainers: One party a trainer rank, in rank order.
@@ -88,13 +95,15 @@ class SyncSession:
         self.engines = list(engines)
         self.options = options
         self.epoch = 0
+        self.version = 0
         self.attached: AttachReport | None = None
+        self._session = uuid.uuid4().hex[:8]
         self._spec = transport
         self._class: type[Transport[Any]] = registry().load("transport", transport.backend)
         self._transport_options = registry().options_model("transport", transport.backend).model_validate(transport.options)
         self._plan: Plan | None = None
+        self._flight: _Flight | None = None
         self._ranks: list[list[str]] = []  # the sinks' names, by engine
-        self._evidence: list[WireEvidence] = []
         self._undo: Callable[[], None] | None = None
 
     def attach(self) -> AttachReport:
@@ -105,7 +114,7 @@ class SyncSession:
             TransportError: the transport cannot be set up.
             DeadlineError: a party did not answer; it is named.
         """
-        self._plan = None
+        self._plan = self._flight = None
         self.epoch += 1
         limit = time.monotonic() + self.options.setup_seconds
         clock = _Clock()
@@ -117,49 +126,177 @@ class SyncSession:
         )
         self._ranks = [[d.name for d in ranks] for ranks in recorded]
         clock.lap("plan")
-        self._open(plan, [d.name for d in described], limit, clock)
-        self._plan = plan
-        self._evidence = []
-        return self.attached  # type: ignore[return-value]
+        report = self._open(plan, [d.name for d in described], limit, clock)
+        self._plan, self.attached = plan, report
+        return report
+
+    def replace(self, party: Party) -> None:
+        """Put `party` in the place of the one that has its name; the next sync begins a new epoch.
+
+        The process that it replaces must have ended: one that is only stopped could still write into an engine's memory.
+
+        Raises:
+            SyncError: the session has no party of that name.
+        """
+        for parties in (self.trainers, self.engines):
+            for index, old in enumerate(parties):
+                if old.name == party.name:
+                    parties[index] = party
+                    self._plan = self._flight = None
+                    return
+        raise SyncError(f"the session has no party {party.name!r}", todo="its parties keep their names when they are replaced")
 
     def sync(self, version: int) -> SyncReport:
         """Publish the trainers' current weights as `version` and bring every engine to serve it.
 
-        After an error the engines serve what they served before, or refuse to serve; the next `sync` begins a new epoch.
+        After an error the engines serve what they served before, or refuse to serve; the next `sync` begins a new epoch. A
+        version that no engine had wholly received may be synced again.
 
         Raises:
             SyncError: names the peer, the version, the phase and, where there is one, the tensor.
         """
-        if self._plan is None:
-            self.attach()
         try:
-            return self._sync(version)
+            self.publish(version)
         except LeaseError as error:
-            self._plan = None
             if "expelled" not in error.where:
                 raise
+            self.publish(version)
+        self._pull(self._flown(version))
+        return self.install(version)
+
+    def publish(self, version: int) -> None:
+        """Make `version` readable: the trainers' current weights, of which this is a copy unless they are read in place.
+
+        Raises:
+            StaleVersionError: `version` is not newer than the last one.
+            LeaseError: a buffer holds a version that a subscriber has not acknowledged.
+        """
+        if version <= self.version:
+            raise StaleVersionError(
+                f"version {version} is not newer than version {self.version}", version=version, phase="snapshot",
+                todo="versions only grow",
+            )  # fmt: skip
+        if self._plan is None:
             self.attach()
-            return self._sync(version)
-        except BaseException:
-            self._plan = None
-            raise
+        start = time.monotonic()
+        limit = start + self.options.deadline_seconds
+        with self._fatal():
+            message = Publish(version, self._sinks(), self._token())
+            published = [p[0] for p in self._all(self.trainers, "publish", message, Published, "snapshot", limit, version)]
+            slots = {p.slot for p in published}
+            if len(slots) != 1:
+                raise SyncError(f"the trainer ranks put the version into different buffers: {sorted(slots)}", version=version)
+            seconds = max(p.seconds for p in published)
+            self._flight = _Flight(version, slots.pop(), start, limit, {"snapshot": seconds})
+
+    def pull(self, version: int) -> None:
+        """Bring the bytes of the published `version` into every engine's arena and verify them there.
+
+        Raises:
+            DeadlineError: a peer did not answer in time; its arena is quarantined.
+            PeerLostError: a process is gone.
+            DigestError: the bytes are not those that were published.
+        """
+        flight = self._flown(version)
+        flight.limit = time.monotonic() + self.options.deadline_seconds
+        self._pull(flight)
+
+    def install(self, version: int) -> SyncReport:
+        """Bring every engine to serve the pulled `version`.
+
+        Raises:
+            SyncError: an engine could not; it refuses to serve, or serves what it served.
+        """
+        flight = self._flown(version)
+        if not flight.pulled:
+            raise SyncError(f"version {version} has not been pulled", version=version, phase="install")
+        self.version = version
+        seconds = self.options.deadline_seconds
+        with self._fatal():
+            # The update has a deadline of its own: cutting it off would leave the engine dirty for want of milliseconds.
+            # And no engine is left alone with it because another one has failed.
+            installed = self._all(
+                self.engines, "update", Wait(version, seconds, self._token()), Installed, "install",
+                time.monotonic() + seconds + LATE_SECONDS, version, grace=None,
+            )  # fmt: skip
+        self._flight = None
+        flight.phases |= {
+            "install": max((i[0].install for i in installed), default=0.0),
+            "pause": max((i[0].pause for i in installed), default=0.0),
+        }
+        return SyncReport(
+            version,
+            self.epoch,
+            time.monotonic() - flight.start,
+            flight.nbytes,
+            flight.phases,
+            True,
+            " + ".join(sorted({f"{e.backend} over {e.wire}" for e in flight.evidence})),
+            flight.evidence,
+        )
 
     def close(self) -> None:
-        """End the epoch on every party that still answers."""
-        self._plan = None
-        for party, payload in [*((t, pack(Nothing())) for t in self.trainers), *((e, _each([Nothing()])) for e in self.engines)]:
-            party.call("close", payload)
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        """End the epoch on every party that still answers, and wait for them, though not for long."""
+        self._plan = self._flight = None
+        try:
+            futures = {t.call("close", pack(Nothing())): t.name for t in self.trainers}
+            futures |= {e.call("close", _each([Nothing()])): e.name for e in self.engines}
+            done, late = wait(futures, timeout=LATE_SECONDS)
+            for future in [*done, *late]:
+                if future in late or future.exception() is not None:
+                    _log.info("%s did not answer when the session was closed", futures[future])
+        finally:
+            if self._undo is not None:
+                self._undo()
+                self._undo = None
 
-    def _open(self, plan: Plan, sources: list[str], limit: float, clock: _Clock) -> None:
-        sinks = [name for ranks in self._ranks for name in ranks]
+    def _pull(self, flight: _Flight) -> None:
+        version = flight.version
+        with self._fatal():
+            received = self._move(flight)
+            epoch, limit = self._token(), flight.limit
+            asked = Wait(version, max(limit - time.monotonic(), 0.0), epoch)
+            hashed = self._all(self.trainers, "digests", asked, Digests, "verify", limit + LATE_SECONDS, version)
+            verify = Verify(version, [d[0].joined for d in hashed], epoch)
+            verified = self._all(self.engines, "verify", [verify], Timed, "verify", limit, version)
+            # What has arrived whole no longer needs the trainer's copy, whatever becomes of the install.
+            acknowledge = Acknowledge(version, self._sinks(), epoch)
+            self._all(self.trainers, "acknowledge", acknowledge, Nothing, "verify", limit, version)
+        flight.nbytes = sum(p.nbytes for p in received)
+        flight.phases |= {
+            "wire": max((p.seconds for p in received), default=0.0),
+            "verify": max((t.seconds for ranks in verified for t in ranks), default=0.0),
+        }
+        flight.pulled = True
+
+    @contextlib.contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """An error ends the epoch: the next sync begins with fresh arenas."""
+        try:
+            yield
+        except BaseException:
+            self._plan = self._flight = None
+            raise
+
+    def _flown(self, version: int) -> _Flight:
+        if self._flight is None or self._flight.version != version:
+            raise SyncError(f"version {version} is not published", version=version, todo="call publish first")
+        return self._flight
+
+    def _sinks(self) -> list[str]:
+        return [name for ranks in self._ranks for name in ranks]
+
+    def _token(self) -> str:
+        return token(self._session, self.epoch)
+
+    def _open(self, plan: Plan, sources: list[str], limit: float, clock: _Clock) -> AttachReport:
+        sinks = self._sinks()
+        lease = self.options.lease_seconds
         opened = self._scatter(
             self.trainers,
             "open",
             [
-                pack(OpenSource(self.epoch, self._spec, self.options.publish, self.options.lease_seconds, share))
+                pack(OpenSource(self.epoch, self._spec, self.options.publish, lease, share, self._session))
                 for share in plan.sources
             ],
             Opened,
@@ -167,7 +304,9 @@ class SyncSession:
             limit,
         )
         shares = iter(plan.sinks)
-        payloads = [_each([OpenSink(self.epoch, self._spec, next(shares)) for _ in ranks]) for ranks in self._ranks]
+        payloads = [
+            _each([OpenSink(self.epoch, self._spec, next(shares), self._session) for _ in ranks]) for ranks in self._ranks
+        ]
         received = self._scatter(self.engines, "open", payloads, Opened, "register", limit)
         clock.lap("register")
         copies = _copies(plan, sources, sinks, [o[0].places for o in opened])
@@ -178,27 +317,30 @@ class SyncSession:
             for name, o in zip(names, answers, strict=True)
         }
         self._rendezvous()
-        connects = [
-            pack(Connect(*_side(sink_addresses, [c for c in copies if c.source == name], "sink"))) for name in sources
-        ]
+        epoch = self._token()
+        by_source, by_sink = _by(copies, "source"), _by(copies, "sink")
         self._scatter_all(
-            connects,
+            [pack(Connect(*_side(sink_addresses, by_source.get(name, []), "sink"), epoch)) for name in sources],
             [
-                _each([Connect(*_side(source_addresses, [c for c in copies if c.sink == name], "source")) for name in names])
+                _each([Connect(*_side(source_addresses, by_sink.get(name, []), "source"), epoch) for name in names])
                 for names in self._ranks
             ],
             "connect",
             limit,
         )
         clock.lap("connect")
-        self.attached = AttachReport(
+        return AttachReport(
             self.epoch,
             sources,
             sinks,
             sum(len(s.segments) for s in plan.sources),
             len(copies),
             plan.bytes,
-            {n: s.arena_bytes for n, s in [*zip(sources, plan.sources, strict=True), *zip(sinks, plan.sinks, strict=True)]},
+            dict(
+                zip(
+                    [*sources, *sinks], [s.arena_bytes for s in plan.sources] + [s.arena_bytes for s in plan.sinks], strict=True
+                )
+            ),
             plan.casts,
             clock.laps,
         )
@@ -211,47 +353,10 @@ class SyncSession:
         actors = [party.actor for party in [*self.trainers, *self.engines]]
         self._undo = self._class.rendezvous(self._transport_options, actors, self.options.setup_seconds)
 
-    def _sync(self, version: int) -> SyncReport:
-        assert self._plan is not None
-        seconds = self.options.deadline_seconds
-        start = time.monotonic()
-        limit = start + seconds
-        sinks = [name for ranks in self._ranks for name in ranks]
-        published = self._all(self.trainers, "publish", Publish(version, sinks), Published, "snapshot", limit, version)
-        slot = published[0][0].slot
-        pulled = self._move(version, slot, limit)
-        hashed = self._all(self.trainers, "digests", Wait(version, limit - time.monotonic()), Digests, "verify", limit, version)
-        verify = Verify(version, [d[0].joined for d in hashed])
-        verified = self._all(self.engines, "verify", [verify], Timed, "verify", limit, version)
-        # What has arrived whole no longer needs the trainer's copy, whatever becomes of the install.
-        self._all(self.trainers, "acknowledge", Acknowledge(version, sinks), Nothing, "verify", limit, version)
-        # The update is not bounded by the sync's deadline: cutting it off would leave the engine dirty for want of milliseconds.
-        installed = self._all(
-            self.engines, "update", Wait(version, seconds), Installed, "install", time.monotonic() + seconds, version
-        )
-        total = time.monotonic() - start
-        if not self._evidence:
-            self._evidence = self._gather_evidence(limit + seconds)
-        return SyncReport(
-            version,
-            self.epoch,
-            total,
-            sum(p.nbytes for ranks in pulled for p in ranks),
-            {
-                "snapshot": max(p[0].seconds for p in published),
-                "wire": max(p.seconds for ranks in pulled for p in ranks),
-                "verify": max(t.seconds for ranks in verified for t in ranks),
-                "install": max(i[0].install for i in installed),
-                "pause": max(i[0].pause for i in installed),
-            },
-            True,
-            " + ".join(sorted({f"{e.backend} over {e.wire}" for e in self._evidence})),
-            self._evidence,
-        )
-
-    def _move(self, version: int, slot: int, limit: float) -> list[list[Pulled]]:
-        seconds = max(limit - time.monotonic(), 0.001)
-        pull = _each([Pull(version, slot, seconds)])
+    def _move(self, flight: _Flight) -> list[Pulled]:
+        """Both ends at once: the sinks begin to receive, the sources send, and all are waited for together."""
+        version, slot, epoch = flight.version, flight.slot, self._token()
+        pull = _each([Pull(version, slot, self._left(flight), epoch)])
         if self._class.moves_ray_objects:
             wire = self._class.ray_tensor_transport(self._transport_options)
             begun = [
@@ -260,62 +365,48 @@ class SyncSession:
             ]
         else:
             begun = [engine.call("start_pull", pull) for engine in self.engines]
-        self._gather(self.engines, begun, Nothing, "wire", limit, version)
-        sends = [party.call("send", pack(Send(version, slot, seconds))) for party in self.trainers]
-        waits = [e.call("wait_pull", _each([Wait(version, max(limit - time.monotonic(), 0.001))])) for e in self.engines]
-        grace = limit + 5.0  # the party raises at `limit` itself, and says more than we could
-        self._gather(self.trainers, sends, Timed, "wire", grace, version)
-        return self._gather(self.engines, waits, Pulled, "wire", grace, version)
+        gather(self.engines, begun, [Nothing] * len(begun), "wire", flight.limit, version)
+        seconds = self._left(flight)
+        futures = [party.call("send", pack(Send(version, slot, seconds, epoch))) for party in self.trainers]
+        futures += [engine.call("wait_pull", _each([Wait(version, seconds, epoch)])) for engine in self.engines]
+        kinds = [Sent] * len(self.trainers) + [Pulled] * len(self.engines)
+        replies = gather([*self.trainers, *self.engines], futures, kinds, "wire", flight.limit + LATE_SECONDS, version)
+        known = [r.evidence for ranks in replies for r in ranks if r.evidence is not None]
+        flight.evidence = [evidence for evidence in known if evidence.wire]
+        return [pulled for ranks in replies[len(self.trainers) :] for pulled in ranks]
 
-    def _gather_evidence(self, limit: float) -> list[WireEvidence]:
-        found = self._all(self.engines, "evidence", [Nothing()], WireEvidence, "wire", limit)
-        found += self._all(self.trainers, "evidence", Nothing(), WireEvidence, "wire", limit)
-        return [e for ranks in found for e in ranks if e.wire]
+    @staticmethod
+    def _left(flight: _Flight) -> float:
+        return max(flight.limit - time.monotonic(), 0.001)
 
     def _all(
-        self, parties: Sequence[Party], method: str, message: Any, kind: type[T], phase: str, limit: float, version: int | None = None
+        self,
+        parties: Sequence[Party],
+        method: str,
+        message: Any,
+        kind: type[T],
+        phase: str,
+        limit: float,
+        version: int | None = None,
+        *,
+        grace: float | None = GRACE_SECONDS,
     ) -> list[list[T]]:
         """The same call to every party at once; a list is for an engine's ranks, anything else for a single receiver."""
         payload = _each(message) if isinstance(message, list) else pack(message)
-        return self._scatter(parties, method, [payload] * len(parties), kind, phase, limit, version)
+        futures = [party.call(method, payload) for party in parties]
+        return gather(parties, futures, [kind] * len(futures), phase, limit, version, grace=grace)
 
     def _scatter(
-        self, parties: Sequence[Party], method: str, payloads: Sequence[bytes], kind: type[T], phase: str, limit: float,
-        version: int | None = None,
+        self, parties: Sequence[Party], method: str, payloads: Sequence[bytes], kind: type[T], phase: str, limit: float
     ) -> list[list[T]]:
         futures = [party.call(method, payload) for party, payload in zip(parties, payloads, strict=True)]
-        return self._gather(parties, futures, kind, phase, limit, version)
+        return gather(parties, futures, [kind] * len(futures), phase, limit)
 
     def _scatter_all(self, sources: Sequence[bytes], engines: Sequence[bytes], method: str, limit: float) -> None:
         """The same call to both sides at once, since connecting may need both."""
-        futures = [p.call(method, payload) for p, payload in zip(self.trainers, sources, strict=True)]
-        futures += [p.call(method, payload) for p, payload in zip(self.engines, engines, strict=True)]
-        self._gather([*self.trainers, *self.engines], futures, Timed, method, limit)
-
-    def _gather(
-        self, parties: Sequence[Party], futures: Sequence[Future[list[bytes]]], kind: type[T], phase: str, limit: float,
-        version: int | None = None,
-    ) -> list[list[T]]:
-        results, errors = [], []
-        for party, future in zip(parties, futures, strict=True):
-            try:
-                replies = future.result(timeout=max(limit - time.monotonic(), 0.0))
-                results.append([result(reply, kind) for reply in replies])
-            except FutureTimeoutError:
-                errors.append(
-                    DeadlineError(
-                        f"{party.name} did not answer in time",
-                        peer=party.name,
-                        version=version,
-                        phase=phase,
-                        todo="is its process stopped or overloaded? the limit is sync.deadline_seconds",
-                    )
-                )
-            except RlbridgeError as error:
-                errors.append(error.at(peer=party.name, version=version, phase=phase))
-        if errors:
-            raise _worst(errors)
-        return results
+        parties = [*self.trainers, *self.engines]
+        futures = [p.call(method, payload) for p, payload in zip(parties, [*sources, *engines], strict=True)]
+        gather(parties, futures, [Timed] * len(futures), method, limit)
 
 
 class _Clock:
@@ -336,17 +427,14 @@ def _each(messages: Sequence[object]) -> bytes:
     return msgspec.msgpack.encode([pack(message) for message in messages])
 
 
-def _worst(errors: list[RlbridgeError]) -> RlbridgeError:
-    """The error to raise of several: a lost peer explains the others' deadlines."""
-    for kind in ("PeerLostError", "DigestError"):
-        for error in errors:
-            if type(error).__name__ == kind:
-                return error
-    specific = [e for e in errors if not isinstance(e, DeadlineError)]
-    return (specific or errors)[0]
+def _by(copies: Sequence[Copy], end: str) -> Mapping[str, list[Copy]]:
+    found: dict[str, list[Copy]] = {}
+    for copy in copies:
+        found.setdefault(getattr(copy, end), []).append(copy)
+    return found
 
 
-def _side(addresses: dict[str, bytes], copies: list[Copy], end: str) -> tuple[dict[str, bytes], list[Copy]]:
+def _side(addresses: Mapping[str, bytes], copies: list[Copy], end: str) -> tuple[dict[str, bytes], list[Copy]]:
     """The addresses of those peers that `copies` name, and the copies."""
     names = {getattr(copy, end) for copy in copies}
     return {name: address for name, address in addresses.items() if name in names}, copies

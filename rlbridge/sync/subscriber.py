@@ -81,7 +81,7 @@ class _Receipt:
 
 @dataclass
 class _Grave:
-    """An arena of an earlier epoch that may still be written to, with what writes. `peers_closed`: no peer can begin to any more."""
+    """An arena of an earlier epoch that may still be written to. `peers_closed`: no peer can begin to any more."""
 
     arena: Arena
     transport: Transport[Any]
@@ -248,12 +248,10 @@ class Subscriber:
                 todo="is a peer stopped, or the link slower than sync.deadline_seconds allows?",
             )
         if receipt.error is not None:
-            where = {"role": "generator", "rank": self.name, "version": message.version, "phase": "wire"}
+            where: dict[str, Any] = {"role": "generator", "rank": self.name, "version": message.version, "phase": "wire"}
             if isinstance(receipt.error, RlbridgeError):
                 raise receipt.error.at(**where)
-            raise SyncError(
-                f"the transfer failed: {type(receipt.error).__name__}: {receipt.error}", **where
-            ) from receipt.error
+            raise SyncError(f"the transfer failed: {type(receipt.error).__name__}: {receipt.error}", **where) from receipt.error
         assert receipt.pulled is not None
         return receipt.pulled
 

@@ -20,4 +20,7 @@ def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data
+    rows = tensor.detach().contiguous()
+    # A single element counts as contiguous whatever its stride, and torch 2.13 views as bytes only what has stride 1.
+    flat = rows.as_strided((rows.numel(),), (1,))
+    return flat.view(torch.uint8).cpu().numpy().data

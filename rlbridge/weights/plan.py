@@ -2,7 +2,7 @@
 
 An owned region is cut where any engine rank's region begins or ends, in every dimension (the common refinement), so a segment
 is wholly needed or wholly not by each engine rank. Each lies contiguous in the source arena, beside the others that the same
-engine ranks take: a tensor-parallel cut on dimension 1 costs a strided copy in the snapshot, not a descriptor a row on the wire
+engine ranks take: a tensor-parallel cut on dimension 1 is a strided copy in the snapshot, not a descriptor a row on the wire.
 """
 
 from __future__ import annotations

@@ -7,16 +7,16 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from rlbridge_native.checkpoint import checkpoint_pieces, export_full
-from rlbridge_native.decoding import pick
-from rlbridge_native.generator import NativeGenerator, checkpoint_loader
-from rlbridge_native.loading import load_model
-from rlbridge_native.options import NativeGeneratorOptions
 
 from rlbridge.errors import DataError, LayoutError, ModelError
 from rlbridge.roles.batch import Completion, Sampling, pad_sequences
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.sink import RecordedSink
+from rlbridge_native.checkpoint import checkpoint_pieces, export_full
+from rlbridge_native.decoding import pick
+from rlbridge_native.generator import NativeGenerator, checkpoint_loader
+from rlbridge_native.loading import load_model
+from rlbridge_native.options import NativeGeneratorOptions
 from tests.models import CHARACTERS, VOCABULARY, tiny_llama, tiny_qwen3, tiny_qwen3_moe
 
 PROMPTS = [[5, 9, 12], [5, 9, 12], [7], [4, 30, 31, 32, 6, 8, 9], [5, 9, 12], [20, 21, 22, 23]]

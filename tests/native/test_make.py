@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlbridge_native.generator import NativeGenerator
-from rlbridge_native.make import make_arithmetic
-from rlbridge_native.options import NativeGeneratorOptions
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen3ForCausalLM
 
 from rlbridge.errors import ModelError
 from rlbridge.roles.batch import Sampling
 from rlbridge.roles.generator import GeneratorContext
+from rlbridge_native.generator import NativeGenerator
+from rlbridge_native.make import make_arithmetic
+from rlbridge_native.options import NativeGeneratorOptions
 
 
 def quiet(_: str) -> None:
