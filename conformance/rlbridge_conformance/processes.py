@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -15,6 +19,7 @@ from typing import Any
 from rlbridge.errors import PeerLostError
 
 _fork = multiprocessing.get_context("fork")
+_Call = tuple[int, str, tuple[Any, ...], dict[str, Any]]
 
 
 class ProcessParty:
@@ -30,14 +35,17 @@ class ProcessParty:
         self.name = name
         ours, theirs = _fork.Pipe()
         self._connection: Connection = ours
-        self._process = _fork.Process(target=_serve, args=(build, theirs), name=name, daemon=True)
+        self._process = _fork.Process(target=_serve, args=(build, ours, theirs), name=name, daemon=True)
         self._process.start()
+        _parties.add(self)
         theirs.close()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Any]] = {}
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._lost = False
-        threading.Thread(target=self._listen, name=f"{name}-replies", daemon=True).start()
+        for target in (self._listen, self._speak):
+            threading.Thread(target=target, name=f"{name}{target.__name__}", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -52,38 +60,48 @@ class ProcessParty:
 
     def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
         """Call `handle`."""
-        return self._send(("handle", (method, payload)))
+        return self._send("handle", (method, payload), {})
 
     def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
         """Plain processes carry no Ray objects."""
         raise TypeError("a transport that moves Ray objects needs Ray actors")
 
-    def do(self, method: str, *args: Any, timeout: float = 60.0) -> Any:
+    def do(self, method: str, *args: Any, timeout: float = 60.0, **kwargs: Any) -> Any:
         """Call another method of the child's object, and return what it returns."""
-        return self._send((method, args)).result(timeout)
+        return self.begin(method, *args, **kwargs).result(timeout)
+
+    def begin(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call another method of the child's object; do not wait for it."""
+        return self._send(method, args, kwargs)
 
     def signal(self, number: signal.Signals) -> None:
         """Send the child a signal."""
         os.kill(self.pid, number)
 
     def stop(self) -> None:
-        """End the child and wait for it."""
+        """End the child, stopped or not, and wait for it."""
         self._process.kill()
         self._process.join(10)
+        self._calls.put(None)
 
-    def _send(self, request: tuple[str, tuple[Any, ...]]) -> Future[Any]:
+    def _send(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
             number = next(self._numbers)
-            self._waiting[number] = future
-            try:
-                if self._lost:
-                    raise BrokenPipeError
-                self._connection.send((number, *request))
-            except (BrokenPipeError, OSError):
-                self._waiting.pop(number, None)
+            if self._lost:
                 future.set_exception(self._gone())
+            else:
+                self._waiting[number] = future
+                self._calls.put((number, method, args, kwargs))
         return future
+
+    def _speak(self) -> None:
+        """Write the calls: on a thread of its own, since a child that is stopped may leave the pipe full."""
+        while (call := self._calls.get()) is not None:
+            try:
+                self._connection.send(call)
+            except OSError:  # the child is gone, and `_listen` says so to all who wait
+                return
 
     def _listen(self) -> None:
         while True:
@@ -107,14 +125,26 @@ class ProcessParty:
         return PeerLostError(f"the process of {self.name} (pid {self.pid}) is gone", peer=self.name)
 
 
-def _serve(build: Callable[[], Any], connection: Connection) -> None:
+_parties: weakref.WeakSet[ProcessParty] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Multiprocessing's own end of daemons waits for ever for a stopped one."""
+    for party in list(_parties):
+        with contextlib.suppress(OSError, ValueError):
+            party.stop()
+
+
+def _serve(build: Callable[[], Any], parents: Connection, connection: Connection) -> None:
     """The child: answers calls on threads of its own, as an actor with several threads does."""
+    parents.close()  # so that the end of the parent is the end of the pipe
     target = build()
     lock = threading.Lock()
 
-    def run(number: int, method: str, args: tuple[Any, ...]) -> None:
+    def run(number: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            value = getattr(target, method)(*args)
+            value = getattr(target, method)(*args, **kwargs)
             reply = (number, True, [value] if method == "handle" and isinstance(value, bytes) else value)
         except Exception as error:
             reply = (number, False, error)
@@ -128,5 +158,3 @@ def _serve(build: Callable[[], Any], connection: Connection) -> None:
         except (EOFError, OSError):
             os._exit(0)  # a process that made a NIXL agent may crash in its exit handlers
         pool.submit(run, *request)
-
-

@@ -12,17 +12,18 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from docutils import nodes
+from docutils import nodes  # type: ignore[import-untyped]
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
 from rlbridge.backend import Backend
 from rlbridge.config.sections import BACKEND_ROLES, RunConfig, options_model
 from rlbridge.plugins import Role, registry
-from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 _LIMITS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 _NAMES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "true or false", types.NoneType: "null"}
@@ -50,7 +51,7 @@ class ConfigBackends(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        role = cast(Role, self.arguments[0])
+        role = self.arguments[0]
         if role not in BACKEND_ROLES:
             raise self.error(f"the backends of {role!r} have no options")
         text: list[str] = []
@@ -77,15 +78,15 @@ def own_fields(role: Role, backend: str) -> dict[str, FieldInfo]:
 def _section(name: str) -> type[BaseModel] | None:
     """The model of a section, None for a key that is none."""
     if name in BACKEND_ROLES:
-        return BACKEND_ROLES[cast(Role, name)]
-    annotation = RunConfig.model_fields[name].annotation if name in RunConfig.model_fields else None
-    return annotation if _is_model(annotation) else None
+        return BACKEND_ROLES[name]
+    return _model(RunConfig.model_fields[name].annotation) if name in RunConfig.model_fields else None
 
 
 def _entries(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
     for key, field in fields.items():
-        if _is_model(field.annotation):
-            yield from _entries(f"{prefix}{key}.", cast(type[BaseModel], field.annotation).model_fields)
+        model = _model(field.annotation)
+        if model is not None:
+            yield from _entries(f"{prefix}{key}.", model.model_fields)
             continue
         yield from (
             f"```{{confval}} {prefix}{key}",
@@ -98,8 +99,8 @@ def _entries(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
         )
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _model(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _default(field: FieldInfo) -> str:

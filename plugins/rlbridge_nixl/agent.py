@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import re
-import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _TLS = {"shm": "cma,tcp,self", "tcp": "tcp,self", "rdma": "rc,ud,dc,cuda_copy,gdr_copy,self"}
 
+_logs: dict[int, str] = {}  # by process, since a fork inherits this dict: where UCX writes its report
+
 
 def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
     """A NIXL agent with UCX, and its unique name.
@@ -27,13 +29,16 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
     Raises:
         TransportError: NIXL has no UCX backend here that can use the wire.
     """
-    prepare_environment(wire, net_devices)
-    from nixl._api import nixl_agent, nixl_agent_config
+    quiet_ucx()
+    from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 
     logging.getLogger("nixl").setLevel(logging.WARNING)
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
+    # A pull has a thread of its own, and is asked about from others.
+    config = nixl_agent_config(backends=["UCX"], capture_telemetry=True, sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
     try:
-        return nixl_agent(unique, nixl_agent_config(backends=["UCX"], capture_telemetry=True)), unique
+        with _environment(_ucx_variables(wire, net_devices)):
+            return nixl_agent(unique, config), unique
     except Exception as error:
         raise TransportError(
             f"NIXL cannot start its UCX backend: {type(error).__name__}: {error}",
@@ -42,15 +47,31 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
         ) from error
 
 
-def prepare_environment(wire: str, net_devices: str) -> None:
-    """What UCX has to read from the environment before the process's first agent."""
-    quiet_ucx()
+def _ucx_variables(wire: str, net_devices: str) -> dict[str, str]:
+    """What UCX reads when it is loaded, by the process's first agent (the log), and when an agent is made (the rest)."""
+    made = {"UCX_LOG_FILE": _log(), "UCX_PROTO_INFO": "y"}
     if wire in _TLS:
-        os.environ["UCX_TLS"] = _TLS[wire]
+        made["UCX_TLS"] = _TLS[wire]
     if net_devices:
-        os.environ["UCX_NET_DEVICES"] = net_devices
-    os.environ.setdefault("UCX_PROTO_INFO", "y")
-    os.environ.setdefault("UCX_LOG_FILE", str(_log_pattern()))
+        made["UCX_NET_DEVICES"] = net_devices
+    elif wire == "shm":  # one host by definition; UCX listens on every interface that it may use
+        made["UCX_NET_DEVICES"] = "lo"
+    return made
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for as long as an agent is being made: neither another agent nor a child process is to inherit them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def descriptors(agent: Any, spans: Sequence[tuple[int, int, int]], kind: str) -> Any:
@@ -71,10 +92,10 @@ def device_id(block: torch.Tensor) -> int:
 def wires_used(agent_name: str, operation: str) -> list[str]:
     """The UCX wires of this agent's large transfers, out of UCX's own protocol report: ["cma"], ["tcp/lo"] ...
 
-    Empty where UCX has reported nothing: its log is off, or nothing was transferred.
+    Empty where UCX has reported nothing: it was loaded before our first agent, or nothing was transferred.
     """
     ctypes.CDLL(None).fflush(None)  # UCX buffers its log file
-    path = Path(os.environ.get("UCX_LOG_FILE", "").replace("%p", str(os.getpid())))
+    path = Path(_log().replace("%p", str(os.getpid())))
     return parse_report(path.read_text(errors="replace"), agent_name, operation) if path.is_file() else []
 
 
@@ -95,5 +116,11 @@ def parse_report(text: str, agent_name: str, operation: str) -> list[str]:
     return list(found)
 
 
-def _log_pattern() -> Path:
-    return Path(tempfile.gettempdir()) / "rlbridge-ucx-%p.log"
+def _log() -> str:
+    """The file of UCX's report: the user's, or one in memory, which no other user can touch and which ends with the process."""
+    theirs = os.environ.get("UCX_LOG_FILE")
+    pid = os.getpid()
+    if pid not in _logs:
+        _logs.clear()
+        _logs[pid] = theirs or f"/proc/self/fd/{os.memfd_create('rlbridge-ucx')}"
+    return _logs[pid]

@@ -18,4 +18,6 @@ class NixlOptions(TransportOptions):
     wire: Literal["any", "shm", "tcp", "rdma"] = Field(
         "any", description="The wire that has to carry the bytes; the run fails if another does. any: what UCX picks."
     )
-    net_devices: str = Field("", description="UCX_NET_DEVICES: the interfaces of the data plane, for example mlx5_0:1,mlx5_1:1.")
+    net_devices: str = Field(
+        "", description="UCX_NET_DEVICES: the interfaces of the data plane, for example mlx5_0:1,mlx5_1:1."
+    )

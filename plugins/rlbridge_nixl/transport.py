@@ -6,19 +6,22 @@ are delivered after the bytes, tell each sink that a source is done.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import torch
 
-from rlbridge.errors import DeadlineError, PeerLostError, TransportError
+from rlbridge.errors import DeadlineError, PeerLostError, QuarantineError, TransportError
 from rlbridge.machine import has_rdma_device
 from rlbridge.roles.transport import Copy, Transport, TransportContext, WireEvidence
 from rlbridge_nixl import agent as nixl_face
 from rlbridge_nixl.options import NixlOptions
 
+_log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.0002
 
 
@@ -58,6 +61,7 @@ class NixlTransport(Transport[NixlOptions]):
         self._context = context
         self._options = options
         self._acts = (options.operation == "read") == (context.side == "sink")
+        self._agent: Any
         self._agent, self._agent_name = nixl_face.make_agent(context.name, options.wire, options.net_devices)
         self._blocks: list[torch.Tensor] = []
         self._registered: Any = None
@@ -70,10 +74,9 @@ class NixlTransport(Transport[NixlOptions]):
 
     def open(self, blocks: Sequence[torch.Tensor]) -> bytes:
         self._blocks = list(blocks)
-        self._registered = self._agent.register_memory(self._blocks)
-        described = [
-            _Block(b.data_ptr(), b.numel(), nixl_face.device_id(b), nixl_face.memory_kind(b)) for b in self._blocks
-        ]
+        if self._blocks:
+            self._registered = self._agent.register_memory(self._blocks)
+        described = [_Block(b.data_ptr(), b.numel(), nixl_face.device_id(b), nixl_face.memory_kind(b)) for b in self._blocks]
         return msgspec.msgpack.encode(_Address(self._agent_name, self._agent.get_agent_metadata(), described))
 
     def connect(self, peers: Mapping[str, bytes], copies: Sequence[Copy]) -> None:
@@ -101,26 +104,34 @@ class NixlTransport(Transport[NixlOptions]):
         if not self._acts:
             self._collect_notes()
             return self._awaited is None or not self._missing(self._awaited)
-        return not any(self._poll(t) == "PROC" for ts in self._transfers.values() for t in ts if t.state == "PROC")
+        return not any(self._in_flight(t) for transfers in self._transfers.values() for t in transfers)
 
     def evidence(self) -> WireEvidence:
         if not self._acts:
             return WireEvidence("nixl", "", "the other end acts")
         wires = nixl_face.wires_used(self._agent_name, self._options.operation)
-        wire = "+".join(wires) if wires else "unknown"
-        return WireEvidence("nixl", wire, "UCX protocol report; bytes by NIXL telemetry", self._moved)
+        if not wires:
+            return WireEvidence("nixl", "unknown", "UCX reported no protocol; bytes by NIXL telemetry", self._moved)
+        return WireEvidence("nixl", "+".join(wires), "UCX protocol report; bytes by NIXL telemetry", self._moved)
 
     def close(self) -> None:
-        for transfers in self._transfers.values():
-            for transfer in transfers:
+        """Give everything back, whatever state the peers are in; the agent ends here, and with it all that it still sends.
+
+        A READ that is in flight must be waited for first (`settled`): over TCP the source's process is aborted by UCX 1.23
+        ("Fatal: unexpected error: Endpoint timeout") when it goes on and finds that the reader has hung up.
+        """
+        if self._agent is None:
+            return
+        for transfer in [t for transfers in self._transfers.values() for t in transfers]:
+            with _best_effort("release a transfer"):
                 self._agent.release_xfer_handle(transfer.handle)
-        self._transfers = {}
         for agent in self._peers.values():
-            self._agent.remove_remote_agent(agent)
-        self._peers = {}
+            with _best_effort("forget a peer"):
+                self._agent.remove_remote_agent(agent)
         if self._registered is not None:
-            self._agent.deregister_memory(self._registered)
-            self._registered = None
+            with _best_effort("deregister memory"):
+                self._agent.deregister_memory(self._registered)
+        self._transfers, self._peers, self._registered, self._agent = {}, {}, None, None
         self._blocks = []
 
     def _prepare(self, addresses: Mapping[str, _Address], copies: Sequence[Copy]) -> None:
@@ -134,7 +145,9 @@ class NixlTransport(Transport[NixlOptions]):
                 here = (copy.sink_block, copy.sink_offset) if read else (copy.source_block, copy.source_offset)
                 there = (copy.source_block, copy.source_offset) if read else (copy.sink_block, copy.sink_offset)
                 block = addresses[peer].blocks[there[0]]
-                local.append((self._blocks[here[0]].data_ptr() + here[1], copy.nbytes, nixl_face.device_id(self._blocks[here[0]])))
+                local.append(
+                    (self._blocks[here[0]].data_ptr() + here[1], copy.nbytes, nixl_face.device_id(self._blocks[here[0]]))
+                )
                 remote.append((block.address + there[1], copy.nbytes, block.device))
             handle = self._agent.initialize_xfer(
                 self._options.operation.upper(),
@@ -148,13 +161,17 @@ class NixlTransport(Transport[NixlOptions]):
     def _run(self, version: int, slot: int, deadline: float) -> int:
         """Post every transfer of the slot, then wait for all."""
         transfers = self._transfers.get(slot, [])
+        busy = [t.peer for t in transfers if t.state == "PROC"]
+        if busy:
+            raise QuarantineError(
+                f"an earlier transfer with {busy[0]} is not over", peer=busy[0], version=version, phase="wire"
+            )
         note = f"{self._context.epoch}:{version}".encode() if self._options.operation == "write" else b""
         for transfer in transfers:
             transfer.state = self._guarded(transfer, lambda t=transfer: self._agent.transfer(t.handle, note))
         waiting = [t for t in transfers if t.state == "PROC"]
-        while waiting:
-            waiting = [t for t in waiting if self._poll(t) == "PROC"]
-            if waiting and time.monotonic() > deadline:
+        while waiting := [t for t in waiting if self._poll(t) == "PROC"]:
+            if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"{', '.join(sorted({t.peer for t in waiting}))} did not answer a NIXL {self._options.operation}",
                     peer=waiting[0].peer,
@@ -162,13 +179,20 @@ class NixlTransport(Transport[NixlOptions]):
                     phase="wire",
                 )
             time.sleep(_POLL_SECONDS)
-        for transfer in transfers:
-            if transfer.state != "DONE":
-                raise TransportError(f"NIXL reports {transfer.state}", peer=transfer.peer, version=version)
-        nbytes = sum(t.nbytes for t in transfers)
-        self._moved += nbytes
-        self._check_wire()
-        return nbytes
+        moved = sum(self._finished(t, version) for t in transfers)
+        self._moved += moved
+        if moved:
+            self._check_wire()
+        return moved
+
+    def _finished(self, transfer: _Transfer, version: int) -> int:
+        """The bytes that NIXL says it has moved, which have to be all."""
+        if transfer.state != "DONE":
+            raise TransportError(f"NIXL reports {transfer.state}", peer=transfer.peer, version=version)
+        moved = int(self._agent.get_xfer_telemetry(transfer.handle).totalBytes)
+        if moved != transfer.nbytes:
+            raise TransportError(f"NIXL moved {moved} of {transfer.nbytes} bytes", peer=transfer.peer, version=version)
+        return moved
 
     def _await_notes(self, version: int, deadline: float) -> int:
         """Wait until every source has said that its WRITE of `version` is done."""
@@ -194,6 +218,12 @@ class NixlTransport(Transport[NixlOptions]):
                 epoch, _, version = note.decode().partition(":")
                 if int(epoch) == self._context.epoch and agent in sources:
                     self._notes.setdefault(int(version), set()).add(sources[agent])
+
+    def _in_flight(self, transfer: _Transfer) -> bool:
+        if transfer.state == "PROC":
+            with contextlib.suppress(PeerLostError, TransportError):  # it is over then too, and its state says so
+                self._poll(transfer)
+        return transfer.state == "PROC"
 
     def _poll(self, transfer: _Transfer) -> str:
         transfer.state = self._guarded(transfer, lambda: self._agent.check_xfer_state(transfer.handle))
@@ -224,3 +254,12 @@ class NixlTransport(Transport[NixlOptions]):
                 rank=self._context.name,
                 todo="transport.wire says which wire has to be used; transport.wire=any allows all",
             )
+
+
+@contextlib.contextmanager
+def _best_effort(what: str) -> Iterator[None]:
+    """For the end of an agent: a peer that is gone makes NIXL fail there, and what is left ends with the agent."""
+    try:
+        yield
+    except Exception as error:
+        _log.debug("NIXL could not %s: %s: %s", what, type(error).__name__, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 import msgspec
@@ -44,17 +44,19 @@ class _Group:
             DeadlineError: some did not answer within `seconds`; they are named.
             PeerLostError: a process is gone.
         """
-        futures: list[Future[bytes]] = [p.future(ref) for p, ref in zip(self.parties, refs, strict=True)]
+        pending: dict[Future[bytes], int] = {
+            p.future(ref): i for i, (p, ref) in enumerate(zip(self.parties, refs, strict=True))
+        }
+        answers: dict[int, T] = {}
         limit = time.monotonic() + seconds
-        pending = set(futures)
-        while pending and time.monotonic() < limit:
-            done, pending = wait(pending, timeout=0.2)
-            for future in done:  # one failure is reason enough: the others may wait for it in a collective
-                result(future.result(), kind)
-        late = [p.name for p, future in zip(self.parties, futures, strict=True) if not future.done()]
-        if late:
+        while pending and (left := limit - time.monotonic()) > 0:
+            done, _ = wait(pending, timeout=left, return_when=FIRST_COMPLETED)
+            for future in done:  # the first failure is raised: the others may wait for it in a collective
+                answers[pending.pop(future)] = result(future.result(), kind)
+        if pending:
+            late = [self.parties[index].name for index in sorted(pending.values())]
             raise DeadlineError(f"{', '.join(late)} did not {what} within {seconds:.0f} s", role=self.role, peer=late[0])
-        return [result(future.result(), kind) for future in futures]
+        return [answers[index] for index in range(len(refs))]
 
     def begin(self, contexts: Sequence[bytes]) -> None:
         """Begin to set up all actors; `finish` waits for them."""

@@ -58,6 +58,7 @@ class RecordedSink(WeightSink):
         self._refresh = refresh
         self._pieces: list[Piece] = []
         self._views: list[torch.Tensor] = []
+        self._pointers: dict[str, int] = {}
 
     def record(self, tensors: Sequence[TensorMeta]) -> Layout:
         self._pieces = record(self._load, tensors, self._parameters)
@@ -67,19 +68,27 @@ class RecordedSink(WeightSink):
 
     def bind(self, regions: Sequence[tuple[int, Region]]) -> None:
         self._views = [self._pieces[index].narrow(region).view(self._parameters) for index, region in regions]
+        self._pointers = {name: tensor.data_ptr() for name, tensor in self._parameters.items()}
 
     def install(self, sources: Sequence[torch.Tensor]) -> None:
-        if len(sources) != len(self._views):
-            raise LayoutError(f"{len(sources)} boxes to install, {len(self._views)} bound")
-        with torch.no_grad():
-            torch._foreach_copy_(self._views, list(sources))
+        views = self.live()
+        if len(sources) != len(views):
+            raise LayoutError(f"{len(sources)} boxes to install, {len(views)} bound")
+        if views:  # torch copies no empty list
+            with torch.no_grad():
+                torch._foreach_copy_(views, list(sources))
         if self._refresh is not None:
             self._refresh()
 
     def live(self) -> list[torch.Tensor]:
+        for name, pointer in self._pointers.items():
+            if self._parameters[name].data_ptr() != pointer:
+                raise LayoutError(
+                    f"the engine has moved its parameter {name!r} since it was bound", tensor=name, todo="begin a new epoch"
+                )
         return self._views
 
     def scramble(self) -> None:
         with torch.no_grad():
             for tensor in self._parameters.values():
-                tensor.view(-1).fill_(7) if tensor.is_contiguous() else tensor.fill_(7)
+                tensor.fill_(7)

@@ -68,8 +68,9 @@ class ShardedSource(WeightSource):
 
     def snapshot(self, destinations: Sequence[torch.Tensor]) -> None:
         views = self.live()
-        with torch.no_grad():
-            torch._foreach_copy_(list(destinations), views)
+        if views:  # torch copies no empty list
+            with torch.no_grad():
+                torch._foreach_copy_(list(destinations), views)
 
     def live(self) -> list[torch.Tensor]:
         storages = self._storages()

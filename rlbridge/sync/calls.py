@@ -55,8 +55,11 @@ def gather(
     replies: list[list[Any]] = [[] for _ in futures]
     errors: list[RlbridgeError] = []
     waiting = {future: index for index, future in enumerate(futures)}
-    while waiting and (left := limit - time.monotonic()) > 0:
-        for future in wait(waiting, timeout=left, return_when=FIRST_COMPLETED).done:
+    while waiting:
+        done = wait(waiting, timeout=max(limit - time.monotonic(), 0.0), return_when=FIRST_COMPLETED).done
+        if not done:
+            break
+        for future in done:
             index = waiting.pop(future)
             try:
                 replies[index] = [result(reply, kinds[index]) for reply in future.result()]

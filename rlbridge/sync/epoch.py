@@ -41,7 +41,7 @@ class Epoch:
         """
         if marked not in ("", self._token):
             raise SyncError(
-                f"a call of epoch {marked.rpartition('.')[2]} came in epoch {self._number}: it is too late, and was refused",
+                f"a call of epoch {marked} came in epoch {self._token or 0}: too late, or of another session; it was refused",
                 rank=self._rank,
                 version=version,
             )

@@ -36,6 +36,7 @@ from rlbridge.sync.messages import (
 )
 from rlbridge.weights.arena import Arena
 from rlbridge.weights.digest import digests
+from rlbridge.weights.plan import Segment
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Publisher:
         places: list[list[tuple[int, int]]] = []
         if self._barrier:
             live = self._source.live()
-            _check_live(live, [s.dtype for s in share.segments])
+            _check_live(live, share.segments)
             blocks, places = _live_blocks(live)
             self._slots = [_Slot(live)]
         else:
@@ -298,17 +299,19 @@ def _hash(segments: list[torch.Tensor]) -> Digests:
     return Digests(joined, time.monotonic() - start)
 
 
-def _check_live(live: list[torch.Tensor], dtypes: list[str]) -> None:
-    for view, dtype in zip(live, dtypes, strict=True):
+def _check_live(live: list[torch.Tensor], segments: list[Segment]) -> None:
+    for view, segment in zip(live, segments, strict=True):
         held = str(view.dtype).removeprefix("torch.")
-        if held != dtype:
+        if held != segment.dtype:
             raise LayoutError(
-                f"the trainer holds {held} and the wire carries {dtype}: live storage cannot be read in place",
+                f"the trainer holds {held} and the wire carries {segment.dtype}: live storage cannot be read in place",
+                tensor=segment.region.tensor,
                 todo="use sync.publish=snapshot, which casts",
             )
         if not view.is_contiguous():
             raise LayoutError(
-                f"a segment of shape {tuple(view.shape)} is not contiguous in the trainer's memory",
+                f"{segment.region} is not contiguous in the trainer's memory",
+                tensor=segment.region.tensor,
                 todo="use sync.publish=snapshot, which makes segments contiguous",
             )
 

@@ -26,7 +26,7 @@ def pairs(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "arithmetic"
-    make_arithmetic(path, 0, quiet, accuracy=0.0)
+    make_arithmetic(path, 0, quiet, steps=1)
     return path
 
 
@@ -64,8 +64,8 @@ def test_model_tokenizer_and_generation_config_agree(directory: Path) -> None:
 
 
 def test_a_seed_gives_one_model(directory: Path, tmp_path: Path) -> None:
-    make_arithmetic(tmp_path / "again", 0, quiet, accuracy=0.0)
-    make_arithmetic(tmp_path / "other", 1, quiet, accuracy=0.0)
+    make_arithmetic(tmp_path / "again", 0, quiet, steps=1)
+    make_arithmetic(tmp_path / "other", 1, quiet, steps=1)
     for file in ("model.safetensors", "prompts.jsonl", "held_out.jsonl"):
         assert (tmp_path / "again" / file).read_bytes() == (directory / file).read_bytes()
         assert (tmp_path / "other" / file).read_bytes() != (directory / file).read_bytes()
@@ -73,7 +73,7 @@ def test_a_seed_gives_one_model(directory: Path, tmp_path: Path) -> None:
 
 def test_making_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    make_arithmetic(tmp_path / "model", 0, quiet, accuracy=0.0)
+    make_arithmetic(tmp_path / "model", 0, quiet, steps=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -83,7 +83,7 @@ def test_an_interrupted_make_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Qwen3ForCausalLM, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        make_arithmetic(tmp_path / "model", 0, quiet, accuracy=0.0)
+        make_arithmetic(tmp_path / "model", 0, quiet, steps=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -92,13 +92,6 @@ def test_an_existing_directory_is_refused_and_kept(directory: Path) -> None:
     with pytest.raises(ModelError, match="exists already"):
         make_arithmetic(directory, 0, quiet)
     assert sorted(directory.iterdir()) == before
-
-
-def test_a_warm_start_that_does_not_get_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlbridge_native.make._MAX_STEPS", 1)
-    with pytest.raises(ModelError, match="in 1 steps"):
-        make_arithmetic(tmp_path / "model", 0, quiet)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -116,4 +109,4 @@ def test_a_made_model_is_right_about_half_of_the_time_and_now_and_then_everywher
     sampled = generator.generate(prompts * 16, Sampling(max_tokens=4, seed=0))
     texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in sampled]
     solved = {i % len(held_out) for i, text in enumerate(texts) if text == held_out[i % len(held_out)]["answer"]}
-    assert len(solved) / len(held_out) > 0.9
+    assert len(solved) / len(held_out) > 0.8

@@ -44,9 +44,9 @@ def box_of(tensor: torch.Tensor, region: Any) -> torch.Tensor:
 
 
 @st.composite
-def view_programs(draw: st.DrawFn, shape: Sequence[int], length: int = 4) -> Program:
-    """A chain of operations, each of which only views its input."""
-    tensor = torch.empty(tuple(shape), device="meta")
+def view_programs(draw: st.DrawFn, tensor: torch.Tensor, length: int = 4) -> Program:
+    """A chain of operations, each of which only views its input, for a tensor with the shape and strides of `tensor`."""
+    tensor = tensor.to("meta")
     steps: list[Program] = []
     for _ in range(draw(st.integers(0, length))):
         step = draw(_view_step(tensor))
@@ -56,13 +56,13 @@ def view_programs(draw: st.DrawFn, shape: Sequence[int], length: int = 4) -> Pro
 
 
 @st.composite
-def copy_programs(draw: st.DrawFn, shape: Sequence[int]) -> Program:
+def copy_programs(draw: st.DrawFn, tensor: torch.Tensor) -> Program:
     """A chain of views and of copies that rearrange: clone, contiguous, reshape, cat and stack with itself."""
-    steps = [draw(view_programs(shape, 3))]
+    tensor = tensor.to("meta")
+    steps = [draw(view_programs(tensor, 3))]
     for _ in range(draw(st.integers(0, 2))):
-        middle = _run(steps, torch.empty(tuple(shape), device="meta"))
-        steps += [draw(_copy_step(middle))]
-        steps += [draw(view_programs(_run(steps[-1:], middle).shape, 2))]
+        steps += [draw(_copy_step(_run(steps, tensor)))]
+        steps += [draw(view_programs(_run(steps, tensor), 2))]
     return lambda value: _run(steps, value)
 
 
@@ -113,14 +113,16 @@ def _view_step(draw: st.DrawFn, t: torch.Tensor) -> Program:
 @st.composite
 def _copy_step(draw: st.DrawFn, t: torch.Tensor) -> Program:
     kind = draw(st.sampled_from(["clone", "contiguous", "reshape", "cat", "stack"]))
-    d = draw(st.integers(-t.dim(), max(t.dim() - 1, 0)))
+    if not t.dim():
+        return lambda x: x.clone()
+    d = draw(st.integers(-t.dim(), t.dim() - 1))
     if kind == "clone":
         return lambda x: x.clone()
     if kind == "contiguous":
         return lambda x: x.contiguous()
-    if kind == "cat" and t.dim() and t.shape[d] > 1:
+    if kind == "cat" and t.shape[d] > 1:
         at = draw(st.integers(1, t.shape[d] - 1))
         return lambda x: torch.cat([x.narrow(d, at, x.shape[d] - at), x.narrow(d, 0, at)], dim=d)
-    if kind == "stack" and t.dim() and t.shape[d] % 2 == 0:
+    if kind == "stack" and t.shape[d] % 2 == 0:
         return lambda x: torch.stack([*reversed(x.chunk(2, d))], dim=d)
     return lambda x: x.reshape(-1)

@@ -24,7 +24,9 @@ def test_any_flipped_byte_changes_the_digest(shape: tuple[int, ...], dtype: str,
 
 @examples(60)
 @given(shapes(dims=(1, 4)), st.sampled_from(DTYPES), st.data())
-def test_the_digest_is_of_the_elements_in_order_not_of_the_memory(shape: tuple[int, ...], dtype: str, data: st.DataObject) -> None:
+def test_the_digest_is_of_the_elements_in_order_not_of_the_memory(
+    shape: tuple[int, ...], dtype: str, data: st.DataObject
+) -> None:
     tensor = values(shape, dtype, 2)
     order = data.draw(st.permutations(range(len(shape))))
     strided = tensor.permute(order).contiguous().permute([order.index(d) for d in range(len(shape))])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlbridge.errors import LayoutError
-from rlbridge.weights.layout import Piece, Region, TensorMeta, contiguous_strides, flat_boxes, strided_boxes, whole
+from rlbridge.weights.layout import Piece, Region, TensorMeta, compose, contiguous_strides, flat_boxes, strided_boxes, whole
 from tests.weights.programs import box_of, examples, identical, shapes, view_programs
 
 
@@ -35,7 +35,7 @@ def test_a_zero3_partition_is_a_head_row_a_box_and_a_tail_row() -> None:
 def test_boxes_of_a_view_replay_it_element_by_element(data: st.DataObject) -> None:
     shape = data.draw(shapes())
     full = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    view = data.draw(view_programs(shape))(full)
+    view = data.draw(view_programs(full))(full)
     order = data.draw(st.permutations(range(view.dim())))
     other = torch.full([view.shape[d] for d in order], -1).permute([order.index(d) for d in range(view.dim())])
     boxes = list(strided_boxes(shape, view.storage_offset(), view.shape, view.stride(), other.stride(), 0))
@@ -90,6 +90,28 @@ def test_a_narrowed_piece_views_the_inner_box() -> None:
     piece = Piece(Region("t", (2, 3), (4, 5)), "s", 7, (1, 10))
     inner = piece.narrow(Region("t", (3, 5), (2, 2)))
     assert torch.equal(inner.view({"s": storage}), piece.view({"s": storage})[1:3, 2:4])
+
+
+@examples(150)
+@given(st.data())
+def test_a_view_of_what_lies_in_parts_is_found_as_far_as_there_are_parts(data: st.DataObject) -> None:
+    shape = data.draw(shapes(dims=(1, 3)))
+    full = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    view = data.draw(view_programs(full))(full)
+    start = data.draw(st.integers(0, full.numel() - 1))
+    stop = data.draw(st.integers(start + 1, full.numel()))
+    storages = {"s": torch.full((full.numel() + 5,), -7)}  # a flat shard, five elements into its buffer
+    parts = []
+    for offset, box, flat in flat_boxes(shape, start, stop):
+        parts.append(Piece(Region("", offset, box), "s", flat - start + 5, contiguous_strides(shape)))
+        parts[-1].view(storages).copy_(box_of(full, parts[-1].region))
+    away = (10,) * view.dim()
+    found = torch.full([n + 10 for n in view.shape], -1)
+    of = Piece(Region("t", away, tuple(view.shape)), "", int(view.storage_offset()), tuple(view.stride()))
+    for piece in compose(of, shape, parts):
+        box_of(found, piece.region).copy_(piece.view(storages))
+    inside = (view >= start) & (view < stop)
+    assert torch.equal(box_of(found, of.region), view.where(inside, torch.tensor(-1)))
 
 
 @examples(50)

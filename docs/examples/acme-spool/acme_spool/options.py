@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from pydantic import Field
+
 from rlbridge.roles.transport import TransportOptions
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from acme_spool.options import SpoolOptions
 from rlbridge.errors import DeadlineError, TransportError
 from rlbridge.roles.transport import Copy, Transport, TransportContext, WireEvidence

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from rlbridge.errors import SyncError
 from rlbridge.sync.messages import TransportSpec
 from rlbridge.sync.session import SyncOptions, SyncSession

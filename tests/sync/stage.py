@@ -1,0 +1,105 @@
+"""Trainer ranks and engines in processes of their own, with a session between them, and calls to single ranks."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+from rlbridge_conformance.processes import ProcessParty
+from rlbridge_conformance.toy import ToyEngine, ToySource
+
+from rlbridge.sync.messages import TransportSpec, pack, result
+from rlbridge.sync.session import SyncOptions, SyncSession
+
+MIB_ROWS = 256
+"""Rows of the toy's "bulk" tensor in a MiB of float32."""
+
+
+class Stage:
+    """Parties and their session. Other sessions over the same parties are made with `session_with`."""
+
+    def __init__(
+        self,
+        ranks: int = 1,
+        tps: tuple[int, ...] = (1,),
+        *,
+        flat: bool = False,
+        dtype: torch.dtype = torch.float32,
+        served: torch.dtype = torch.float32,
+        bulk: int = 0,
+        transport: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self._source = functools.partial(ToySource, ranks=ranks, flat=flat, dtype=dtype, bulk=bulk)
+        self._engine = functools.partial(ToyEngine, dtype=served, bulk=bulk)
+        self._tps = tps
+        self.trainers = [self.new_trainer(rank) for rank in range(ranks)]
+        self.engines = [self.new_engine(index) for index in range(len(tps))]
+        self._transport = {"net_devices": "lo"} | (transport or {})
+        self._options = {"deadline_seconds": 30.0, "setup_seconds": 30.0} | options
+        self.session = self.session_with()
+
+    def session_with(self, transport: dict[str, Any] | None = None, **options: Any) -> SyncSession:
+        spec = TransportSpec("nixl", self._transport | (transport or {}))
+        return SyncSession(self.trainers, self.engines, spec, SyncOptions(**self._options | options))
+
+    def new_trainer(self, rank: int) -> ProcessParty:
+        return ProcessParty(f"trainer[{rank}]", functools.partial(self._source, rank))
+
+    def new_engine(self, index: int) -> ProcessParty:
+        return ProcessParty(f"generator[{index}]", functools.partial(self._engine, index, self._tps[index]))
+
+    def load(self, seed: int) -> None:
+        for trainer in self.trainers:
+            trainer.do("load", seed)
+
+    def sync(self, version: int) -> Any:
+        """Load the seed that has the version's number, and bring it to the engines."""
+        self.load(version)
+        return self.session.sync(version)
+
+    def serve(self, version: int, **kwargs: Any) -> bool:
+        """Whether every engine serves the version, with the weights of its seed, bit for bit."""
+        return all(e.do("matches", version, **kwargs) and e.do("served") == version for e in self.engines)
+
+    def close(self) -> None:
+        for party in [*self.session.trainers, *self.session.engines, *self.trainers, *self.engines]:
+            party.stop()
+
+
+def ask(party: ProcessParty, method: str, message: object, kind: type[Any], timeout: float = 20.0) -> Any:
+    """One call of the protocol to one party, by hand: the first reply."""
+    packed = pack(message)
+    payload = msgspec.msgpack.encode([packed]) if party.name.startswith("generator") and method != "update" else packed
+    return result(party.call(method, payload).result(timeout)[0], kind)
+
+
+def stopped(party: ProcessParty) -> Any:
+    """A context in which the party's process is stopped."""
+    return _Stopped(party)
+
+
+class _Stopped:
+    def __init__(self, party: ProcessParty) -> None:
+        self._party = party
+
+    def __enter__(self) -> None:
+        self._party.signal(signal.SIGSTOP)
+
+    def __exit__(self, *error: object) -> None:
+        self._party.signal(signal.SIGCONT)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether the condition comes to hold."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.05)
+    return True

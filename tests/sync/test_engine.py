@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from rlbridge_conformance.toy import ToyEngine
+
+from rlbridge.errors import DeadlineError, DigestError, DirtyError, RlbridgeError, SyncError
+from rlbridge.sync.messages import Installed, Nothing, State, Wait
+from tests.sync.stage import Stage, ask
+
+Make = Callable[..., Stage]
+
+
+def test_an_install_that_stops_half_way_leaves_an_engine_that_refuses_to_serve(make_stage: Make) -> None:
+    stage = make_stage(2, (1, 2))
+    whole, torn = stage.engines
+    stage.sync(1)
+    torn.do("break_install", True)
+    with pytest.raises(RlbridgeError, match="stopped half-way") as caught:
+        stage.sync(2)
+    assert caught.value.where["phase"] == "install"
+    assert caught.value.where["rank"].startswith("generator[1]")
+    assert not torn.do("matches", 1)
+    assert not torn.do("matches", 2)
+    for call in ("served", "scored"):
+        with pytest.raises(DirtyError, match="holds no whole version") as refusal:
+            torn.do(call)
+        assert refusal.value.where["rank"] == "generator[1]"
+    assert ask(torn, "state", Nothing(), State) == State("dirty", 1)
+    assert whole.do("served") == 2  # it was not left half-way because the other one failed
+    assert whole.do("matches", 2)
+
+    with pytest.raises(RlbridgeError, match="stopped half-way"):
+        stage.sync(3)
+    with pytest.raises(DirtyError):
+        torn.do("served")
+
+    torn.do("break_install", False)
+    stage.sync(4)
+    assert stage.serve(4)
+    assert stage.session.epoch == 3
+
+
+def test_a_tensor_that_the_install_leaves_out_is_found_in_the_live_parameters(make_stage: Make) -> None:
+    stage = make_stage(2, (2,))
+    stage.sync(1)
+    stage.engines[0].do("skip_install", True)
+    with pytest.raises(DigestError, match="in the live parameters") as caught:
+        stage.sync(2)
+    where = caught.value.where
+    assert where["phase"] == "install"
+    assert where["version"] == "2"
+    assert where["rank"] == "generator[0].rank[0]"
+    assert where["peer"].startswith("trainer[")
+    assert where["tensor"]
+    with pytest.raises(DirtyError):
+        stage.engines[0].do("served")
+    stage.engines[0].do("skip_install", False)
+    stage.sync(3)
+    assert stage.serve(3)
+
+
+def test_scrambled_parameters_are_not_served_and_a_sync_writes_all_of_them(make_stage: Make) -> None:
+    stage = make_stage(1, (2,))
+    stage.sync(1)
+    ask(stage.engines[0], "scramble", Nothing(), Nothing)
+    with pytest.raises(DirtyError):
+        stage.engines[0].do("served")
+    stage.sync(2)
+    assert stage.serve(2)
+
+
+def test_an_install_drops_the_caches_and_refreshes_what_is_derived_and_tied(make_stage: Make) -> None:
+    stage = make_stage(1, (2,))
+    engine = stage.engines[0]
+    for version in (1, 2):
+        stage.sync(version)
+        assert engine.do("refreshed")
+        assert engine.do("apply", invalidated) == version
+    engine.do("break_install", True)
+    with pytest.raises(RlbridgeError):
+        stage.sync(3)
+    assert engine.do("apply", invalidated) == 2
+
+
+def test_an_engine_that_is_busy_for_too_long_keeps_its_version(make_stage: Make) -> None:
+    stage = make_stage(deadline_seconds=0.5)
+    engine = stage.engines[0]
+    stage.sync(1)
+    generating = engine.begin("apply", busy_for, 1.5)
+    with pytest.raises(DeadlineError, match="was busy for 0.5 s: nothing was installed") as caught:
+        stage.sync(2)
+    assert caught.value.where["phase"] == "install"
+    generating.result(10)
+    assert stage.serve(1)
+    stage.sync(3)
+    assert stage.serve(3)
+
+
+def test_an_update_waits_for_what_is_being_generated(make_stage: Make) -> None:
+    stage = make_stage()
+    stage.sync(1)
+    generating = stage.engines[0].begin("apply", busy_for, 0.5)
+    report = stage.sync(2)
+    generating.result(10)
+    assert stage.serve(2)
+    assert report.phases["pause"] < 0.4  # the wait is no pause: the engine generates meanwhile
+
+
+def test_a_stale_update_touches_nothing(make_stage: Make) -> None:
+    stage = make_stage()
+    stage.sync(3)
+    engine = stage.engines[0]
+    for version in (2, 3):
+        with pytest.raises(SyncError, match="not newer"):
+            ask(engine, "update", Wait(version, 5.0), Installed)
+    assert stage.serve(3)
+
+
+def invalidated(engine: ToyEngine) -> int:
+    return engine.generator.invalidated
+
+
+def busy_for(engine: ToyEngine, seconds: float) -> None:
+    """Generate for so long."""
+    with engine.engine._busy:
+        time.sleep(seconds)
