@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 class Capability(enum.StrEnum):
@@ -55,4 +54,3 @@ class Backend:
     requires: tuple[str, ...] = ()
     capabilities: frozenset[Capability] = frozenset()
     distribution: str = "rlbridge"
-    environment: Mapping[str, str] = field(default_factory=dict)

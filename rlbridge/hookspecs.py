@@ -102,7 +102,7 @@ def rlbridge_evaluated(run: Run, step: int, reward: float) -> None:
 
 @hookspec
 def rlbridge_run_finished(run: Run, result: Mapping[str, object]) -> None:
-    """Called last, also where the run failed or was interrupted.
+    """Called last, also where a run that had started failed or was interrupted.
 
-    `result` says how the run ended, as plain data. Since 0.1.
+    `result` is the run's summary up to there, as summary.json has it; `steps` says how far it came. Since 0.1.
     """

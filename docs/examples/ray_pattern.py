@@ -14,8 +14,11 @@ import ray
 from rlbridge.cluster.direct import DirectGenerator, DirectTrainer, Weights
 from rlbridge.roles.batch import Sampling
 
+PRETEND = "--pretend" in sys.argv
+GPUS, DEVICE = (0, "cpu") if PRETEND else (1, "cuda")
 
-@ray.remote(accelerator_type="H100", enable_tensor_transport=True)
+
+@ray.remote(accelerator_type="H100", num_gpus=GPUS, enable_tensor_transport=True)
 class Trainer(DirectTrainer):
     """The native trainer."""
 
@@ -25,17 +28,17 @@ class Trainer(DirectTrainer):
         return super().get_weights()
 
 
-@ray.remote(accelerator_type="B200", enable_tensor_transport=True)
+@ray.remote(accelerator_type="B200", num_gpus=GPUS, enable_tensor_transport=True)
 class Generator(DirectGenerator):
     """The native generator."""
 
 
-def main(model: str, pretend: bool) -> int:
+def main(model: str) -> int:
     """Start both, send two versions, and generate with the second. Returns the version that is served."""
-    cluster = pretended_cluster() if pretend else None
+    cluster = pretended_cluster() if PRETEND else None
     ray.init(address=cluster.address if cluster else None, logging_level="ERROR", log_to_driver=False)
-    trainer = Trainer.remote("native", model, f"tcp://127.0.0.1:{free_port()}")
-    generator = Generator.remote("native", model)
+    trainer = Trainer.remote("native", model, f"tcp://127.0.0.1:{free_port()}", device=DEVICE)
+    generator = Generator.remote("native", model, device=DEVICE)
 
     version = 0
     for _ in range(2):
@@ -66,4 +69,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--pretend" in sys.argv[2:])
+    main(sys.argv[1])

@@ -26,7 +26,7 @@ def rlbridge_transports() -> Sequence[Backend]:
             name="object_store",
             load="rlbridge_ray.transport:ObjectStoreTransport",
             options="rlbridge_ray.options:ObjectStoreOptions",
-            summary="Ray's object store: works wherever Ray does, copies four times",
+            summary="Ray's object store: works wherever Ray does; the baseline",
             requires=("torch", "ray"),
             capabilities=frozenset({Capability.CROSS_HOST, Capability.NEEDS_RAY_ACTORS, Capability.ABORTABLE}),
         ),

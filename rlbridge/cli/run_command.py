@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from rlbridge.observe.files import FileObserver
 from rlbridge.observe.progress import ProgressObserver
 from rlbridge.plugins import registry
 from rlbridge.rl.checkpoints import latest_checkpoint, read_state
-from rlbridge.rl.run import Run, open_run
+from rlbridge.rl.run import Run, check_name, open_run
 
 
 def run(
@@ -33,28 +34,31 @@ def run(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     sys.path.insert(0, str(Path.cwd()))  # a user's reward functions lie where she stands
     console = Console(highlight=False)
+    started = time.monotonic()
     if resume is not None:
         settings = ([str(config)] if config is not None else []) + list(overrides)
         loaded, directory, step = _resumed(resume, settings)
     elif config is not None:
         loaded, directory, step = load_config(config, overrides), None, 0
+        check_name(loaded.runs_dir, loaded.name)
     else:
         raise ConfigError("what is to be run?", todo="rlbridge run FILE.yaml, or rlbridge run --resume RUN_DIRECTORY")
     for note in check_config(loaded):
         console.print(note)
     from rlbridge.rl.start import execute, prepare  # imports ray and transformers: not for a config that cannot run
 
+    def begin() -> Run:
+        """Everything is in place: the run gets its directory."""
+        place = directory or open_run(loaded.runs_dir, loaded.name, config.stem if config else "run")
+        (place / "config.yaml").write_text(to_yaml(loaded))
+        return Run(place.name, place, loaded, loaded.algorithm.steps, step, started)
+
     prepared = prepare(loaded, console.print)
-    if directory is None:
-        assert config is not None
-        directory = open_run(loaded.runs_dir, loaded.name, config.stem)
-        (directory / "config.yaml").write_text(to_yaml(loaded))
-    started = Run(directory.name, directory, loaded, loaded.algorithm.steps, step)
     observers = [FileObserver(), ProgressObserver()]
     for observer in observers:
         registry().manager.register(observer)
     try:
-        execute(started, prepared)
+        execute(loaded, prepared, begin)
     finally:
         for observer in observers:
             registry().manager.unregister(observer)

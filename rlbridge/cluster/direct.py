@@ -85,6 +85,7 @@ class DirectTrainer:
         self._layout = self._source.layout()
         self._source.bind(self._layout.regions)
         self._version = 0
+        self._device = device
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """`Trainer.train_step`."""
@@ -94,7 +95,9 @@ class DirectTrainer:
         """The current weights, copied: training may go on while they are read."""
         metas = self._layout.meta()
         taken = {
-            region.tensor: torch.empty(region.shape, dtype=getattr(torch, metas[region.tensor].dtype))
+            region.tensor: torch.empty(
+                region.shape, dtype=getattr(torch, metas[region.tensor].dtype), device=self._device
+            )
             for region in self._layout.regions
         }
         missing = [m.name for m in self._layout.tensors if m.alias_of is None and m.name not in taken]

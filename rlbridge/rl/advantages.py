@@ -65,7 +65,7 @@ def _check(completion: Completion, row: int) -> None:
     if not tokens == logprobs == versions:
         raise RlbridgeError(
             f"a completion has {tokens} tokens, {logprobs} log-probs and {versions} versions; it must have one of each a token",
-            todo="this is a fault of the generator backend: check it with `rlbridge conform`",
+            todo="this is a fault of the generator backend",
             role="generator",
             row=row,
         )

@@ -43,12 +43,13 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], write: Ca
         (partial / "run.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
         partial.rename(target)
     except (OSError, RlbridgeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         left = latest_checkpoint(directory)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {error.what if isinstance(error, RlbridgeError) else error}",
             todo=f"the newest checkpoint is {left}" if left else "there is no earlier checkpoint",
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # renamed by now, unless it was not finished
     for old in _checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return target

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rlbridge.config import RunConfig
-from rlbridge.errors import CheckpointError, RlbridgeError
+from rlbridge.errors import CheckpointError, DeadlineError, PeerLostError, RlbridgeError
 from rlbridge.plugins import registry
 from rlbridge.rl.advantages import build_batch, group_advantages
 from rlbridge.rl.checkpoints import latest_checkpoint, read_state, save_checkpoint
@@ -69,7 +69,6 @@ class Loop:
         self._stream = PromptStream(task.prompts, self._config.seed)
         self._seconds = self._config.cluster.step_seconds
         self.progress = Progress()
-        self._start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Train to the last step. Returns the summary.
@@ -82,12 +81,12 @@ class Loop:
             while self.progress.step < self._config.algorithm.steps:
                 self._step(self.progress.step + 1)
             self._save()
-        except (RlbridgeError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             self._rescue(error)
-            notify("rlbridge_run_finished", run=self._run, result=self._summary())
             raise
-        summary = self._summary()
-        notify("rlbridge_run_finished", run=self._run, result=summary)
+        finally:
+            summary = self._summary()
+            notify("rlbridge_run_finished", run=self._run, result=summary)
         return summary
 
     def _begin(self) -> None:
@@ -131,9 +130,6 @@ class Loop:
         trained = time.monotonic()
         self.progress.step = step
         report = self._sync(step + 1)
-        every = config.checkpoint.every
-        if every and step % every == 0:
-            self._save()
         seconds = time.monotonic() - start
         lengths = [len(c.token_ids) for c in completions]
         self._finished(
@@ -156,10 +152,12 @@ class Loop:
         )
 
     def _finished(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What follows a step: observers, evaluation, and then the checkpoint, which holds that evaluation."""
         notify("rlbridge_step_finished", run=self._run, metrics={"step": step, **metrics})
-        every = self._config.evaluation.every
-        if step == self._config.algorithm.steps or (every and step % every == 0):
+        if step == self._config.algorithm.steps or _is_due(step, self._config.evaluation.every):
             self._evaluate()
+        if _is_due(step, self._config.checkpoint.every):
+            self._save()
 
     def _sync(self, version: int) -> SyncReport:
         report = self._workers.session.sync(version)
@@ -212,8 +210,8 @@ class Loop:
         progress.saved = progress.step
 
     def _rescue(self, error: BaseException) -> None:
-        """Keep the work of a run that fails, unless it is the trainer or the checkpoint that failed."""
-        if isinstance(error, CheckpointError) or self.progress.step < 1:
+        """Keep the work of a run that fails, unless it is the checkpoint that failed or a trainer that does not answer."""
+        if isinstance(error, CheckpointError) or _trainer_is_silent(error) or self.progress.step < 1:
             return
         try:
             self._save()
@@ -228,14 +226,23 @@ class Loop:
             trainer=self._config.trainer.backend,
             generator=self._config.generator.backend,
             transport=self._workers.transport,
-            wall_seconds=time.monotonic() - self._start,
+            wall_seconds=time.monotonic() - self._run.started,
         )
 
 
 def notify(hook: str, **arguments: Any) -> None:
-    """Tell the observers. One that fails is reported and does not end the run."""
-    caller: Callable[..., Any] = getattr(registry().manager.hook, hook)
-    try:
-        caller(**arguments)
-    except Exception:
-        _log.exception("an observer failed in %s; the run goes on", hook)
+    """Tell the observers, the last registered first. One that fails is reported; the others are told, and the run goes on."""
+    for observer in reversed(getattr(registry().manager.hook, hook).get_hookimpls()):
+        try:
+            observer.function(**{name: arguments[name] for name in observer.argnames})
+        except Exception:
+            _log.exception("the observer %s failed in %s; the run goes on", observer.plugin_name, hook)
+
+
+def _trainer_is_silent(error: BaseException) -> bool:
+    silent = isinstance(error, (DeadlineError, PeerLostError))
+    return silent and error.where.get("peer", "").startswith("trainer")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

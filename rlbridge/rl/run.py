@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Run:
         config: The validated config.
         steps: Optimizer steps that the run is to make, those before a resume included.
         resumed_step: The step after which the run goes on; 0 for a new run.
+        started: When the command began, in the seconds of `time.monotonic`.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Run:
     config: Any
     steps: int
     resumed_step: int = 0
+    started: float = field(default_factory=time.monotonic)
 
 
 def open_run(runs_dir: Path, name: str | None, stem: str) -> Path:
@@ -47,16 +50,29 @@ def open_run(runs_dir: Path, name: str | None, stem: str) -> Path:
     return next(directory for directory in candidates if _claim(directory))
 
 
+def check_name(runs_dir: Path, name: str | None) -> None:
+    """Refuse a name that cannot be a new run's, before anything is started.
+
+    Raises:
+        ConfigError: a run called `name` exists.
+    """
+    if name is not None and (runs_dir / name).exists():
+        raise _taken(runs_dir / name)
+
+
 def _named(runs_dir: Path, name: str) -> Path:
     if name in ("", ".", "..") or Path(name).name != name:
         raise ConfigError(f"{name!r} is not a name for a run: it has to be a plain directory name", todo="set another name=...")
     directory = runs_dir / name
     if not _claim(directory):
-        raise ConfigError(
-            f"{directory} exists already",
-            todo=f"pick another name=..., or go on with it: rlbridge run --resume {directory}",
-        )
+        raise _taken(directory)
     return directory
+
+
+def _taken(directory: Path) -> ConfigError:
+    return ConfigError(
+        f"{directory} exists already", todo=f"pick another name=..., or go on with it: rlbridge run --resume {directory}"
+    )
 
 
 def _claim(directory: Path) -> bool:

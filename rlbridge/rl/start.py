@@ -30,7 +30,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, tell: Callable[[str], None]) -> Prepared:
-    """Everything that can fail without a cluster: the model, the prompts, the reward, the transport. Writes nothing but a model.
+    """Everything that can fail without a cluster: the model, the prompts, the reward, the transport. Writes a model at most.
 
     `tell` is told, in lines, what is made and chosen.
     """
@@ -42,10 +42,10 @@ def prepare(config: RunConfig, tell: Callable[[str], None]) -> Prepared:
     return Prepared(task, transport)
 
 
-def execute(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Start the actors and run the loop to its end. Returns the summary."""
-    with workers(run.config, prepared.transport) as started:
-        return Loop(run, prepared.task, started).run()
+def execute(config: RunConfig, prepared: Prepared, begin: Callable[[], Run]) -> dict[str, Any]:
+    """Start the actors, then `begin` the run, then the loop to its end. Returns the summary."""
+    with workers(config, prepared.transport) as started:
+        return Loop(begin(), prepared.task, started).run()
 
 
 def make_model(config: RunConfig, tell: Callable[[str], None]) -> None:

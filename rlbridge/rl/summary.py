@@ -53,7 +53,7 @@ def summarise(
 
     Args:
         steps: Optimizer steps that were made.
-        rewards: The mean reward of each step, in order.
+        rewards: The mean held-out reward of each evaluation, in order: the first is before the first step.
         reports: Of every sync, in order. `verified` needs at least one, and all of them verified.
         trainer: Name of the backend.
         generator: Name of the backend.

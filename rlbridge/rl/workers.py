@@ -49,8 +49,8 @@ def workers(config: RunConfig, transport: TransportOptions) -> Iterator[Workers]
             trainer.start(_trainer_context(config), seconds, loopback=own)
             generator.finish(seconds)
             spec = TransportSpec(transport.backend, transport.model_dump(mode="json"))
-            session = SyncSession(trainer.parties, generator.parties, spec, _sync_options(config))
-            yield Workers(trainer, generator, session, transport.backend)
+            with contextlib.closing(SyncSession(trainer.parties, generator.parties, spec, _sync_options(config))) as session:
+                yield Workers(trainer, generator, session, transport.backend)
         finally:
             trainer.kill()
             generator.kill()

@@ -79,7 +79,7 @@ O = TypeVar("O", bound=TrainerOptions)  # noqa: E741  (the options model of a ba
 
 
 class Trainer(ABC, Generic[O]):
-    """One rank of a training engine. Every method but `score` is collective: the core calls it on all ranks at once.
+    """One rank of a training engine. Every method is collective: the core calls it on all ranks at once.
 
     The backend owns the forward pass, the loss, the optimizer and their parallelism; the core owns the batch, its sharding
     over the ranks, and the publishing of what `weights` describes.

@@ -5,7 +5,7 @@ addresses and the copies of every version to come). Then for each version, while
 
 - a one-sided READ: `send` does nothing, `receive` fetches;
 - a one-sided WRITE: `send` writes into the sinks, `receive` waits for the sources' completion notes;
-- a transport that moves Ray objects: `send` returns tensors, which Ray delivers to `receive` as `tensors`.
+- a transport that moves Ray objects: what `tensors` returns at the source, Ray delivers to `receive`.
 
 `receive` runs on a thread of its own, so an engine goes on generating while bytes arrive.
 """
@@ -77,7 +77,7 @@ class Transport(ABC, Generic[O]):
     """One end of the wire, in a trainer rank or in an engine rank, for one epoch."""
 
     moves_ray_objects: ClassVar[bool] = False
-    """True where `send` returns tensors that Ray carries; False where the transport moves the bytes itself."""
+    """True where `tensors` gives out what Ray carries; False where the transport moves the bytes itself."""
 
     @classmethod
     def unavailable(cls, options: O, device: str) -> str | None:

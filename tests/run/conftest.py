@@ -79,7 +79,7 @@ def run_it(ray_cluster: None, config_of: Callable[..., RunConfig], tmp_path: Pat
         registry().manager.register(observer)
         try:
             started = Run(directory.name, directory, config, config.algorithm.steps, resumed_step)
-            return execute(started, prepare(config, lambda line: None))
+            return execute(config, prepare(config, lambda line: None), lambda: started)
         finally:
             registry().manager.unregister(observer)
 

@@ -76,8 +76,6 @@ def test_auto_prints_what_it_chose_and_why_and_a_run_goes_on(workplace: Path) ->
 
 def test_rays_own_pattern_works_with_our_backends(model: Path) -> None:
     example = ROOT / "docs" / "examples" / "ray_pattern.py"
-    ran = subprocess.run(
-        [sys.executable, str(example), str(model), "--pretend"], capture_output=True, text=True, timeout=280
-    )
+    ran = subprocess.run([sys.executable, str(example), str(model), "--pretend"], capture_output=True, text=True, timeout=280)
     assert ran.returncode == 0, ran.stderr
     assert "version 2 is served and verified" in ran.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,9 +65,7 @@ def test_a_run_that_is_resumed_goes_on_exactly(run_it: RunIt, tmp_path: Path) ->
     shutil.copytree(whole, half)
     shutil.rmtree(half / "checkpoints" / "step-000004")
     run_it(half, *overrides, resumed_step=2)
-    exact = [
-        [{k: v for k, v in m.items() if "second" not in k} for m in metrics(directory)] for directory in (whole, half)
-    ]
+    exact = [[{k: v for k, v in m.items() if "second" not in k} for m in metrics(directory)] for directory in (whole, half)]
     assert [m["step"] for m in exact[0]] == [1, 2, 3, 4]
     assert exact[0] == exact[1]
     for name in ("model.safetensors",):
@@ -158,6 +157,12 @@ def test_trainer_and_generator_give_the_same_log_probs_after_a_sync(
     np.testing.assert_allclose(behaviour, trained, atol=1e-5, rtol=0)
 
 
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(b"x" * 4096)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(run_it: RunIt, tmp_path: Path) -> None:
     import subprocess
 
@@ -168,10 +173,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_it: RunIt, tmp_path: Path)
     try:
         run_it(disk / "run", "algorithm.steps=1")
         kept = latest_checkpoint(disk / "run" / "checkpoints")
-        with (disk / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
-            while True:
-                filler.write(b"x" * 4096)
-                filler.flush()
+        fill(disk / "filler")
         with pytest.raises(CheckpointError, match=r"step 2 could not be written"):
             run_it(disk / "run", "algorithm.steps=2", resumed_step=1)
         assert latest_checkpoint(disk / "run" / "checkpoints") == kept
