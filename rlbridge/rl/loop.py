@@ -240,8 +240,7 @@ def notify(hook: str, **arguments: Any) -> None:
 
 
 def _trainer_is_silent(error: BaseException) -> bool:
-    silent = isinstance(error, (DeadlineError, PeerLostError))
-    return silent and error.where.get("peer", "").startswith("trainer")
+    return isinstance(error, (DeadlineError, PeerLostError)) and error.where.get("peer", "").startswith("trainer")
 
 
 def _is_due(step: int, every: int) -> bool:

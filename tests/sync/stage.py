@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 import torch
-from rlbridge_conformance.processes import ProcessParty
-from rlbridge_conformance.toy import ToyEngine, ToySource
 
 from rlbridge.sync.messages import TransportSpec, pack, result
 from rlbridge.sync.session import SyncOptions, SyncSession
+from rlbridge_conformance.processes import ProcessParty
+from rlbridge_conformance.toy import ToyEngine, ToySource
 
 MIB_ROWS = 256
 """Rows of the toy's "bulk" tensor in a MiB of float32."""
@@ -101,5 +101,5 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     while not condition():
         if time.monotonic() > limit:
             return False
-        time.sleep(0.05)
+        time.sleep(0.003)
     return True

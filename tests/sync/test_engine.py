@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from rlbridge_conformance.toy import ToyEngine
 
 from rlbridge.errors import DeadlineError, DigestError, DirtyError, RlbridgeError, SyncError
 from rlbridge.sync.messages import Installed, Nothing, State, Wait
+from rlbridge_conformance.toy import ToyEngine
 from tests.sync.stage import Stage, ask
 
 Make = Callable[..., Stage]
@@ -90,7 +90,7 @@ def test_an_engine_that_is_busy_for_too_long_keeps_its_version(make_stage: Make)
     engine = stage.engines[0]
     stage.sync(1)
     generating = engine.begin("apply", busy_for, 1.5)
-    with pytest.raises(DeadlineError, match="was busy for 0.5 s: nothing was installed") as caught:
+    with pytest.raises(DeadlineError, match=r"was busy for 0\.5 s: nothing was installed") as caught:
         stage.sync(2)
     assert caught.value.where["phase"] == "install"
     generating.result(10)

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from rlbridge_conformance.toy import ToyEngine
 
 from rlbridge.errors import DeadlineError, DirtyError, PeerLostError, QuarantineError, SyncError, from_wire, to_wire
 from rlbridge.sync.messages import Nothing, Pull
+from rlbridge_conformance.toy import ToyEngine
 from tests.sync.stage import MIB_ROWS, Stage, ask, eventually, stopped
 from tests.sync.test_subscriber import arena_bulk, graves, receiving
 
@@ -40,7 +40,7 @@ def test_a_trainer_that_dies_before_the_pull_leaves_the_old_version_served(make_
 def test_a_trainer_that_dies_in_the_middle_of_the_transfer_leaves_the_old_version_served(
     make_stage: Make, operation: str
 ) -> None:
-    stage = make_stage(2, bulk=64 * MIB_ROWS, transport={"wire": "tcp", "operation": operation})
+    stage = make_stage(2, bulk=48 * MIB_ROWS, transport={"wire": "tcp", "operation": operation})
     stage.sync(1)
     stage.load(2)
     stage.session.publish(2)
@@ -58,7 +58,7 @@ def test_a_trainer_that_dies_in_the_middle_of_the_transfer_leaves_the_old_versio
 
 
 def test_an_engine_that_dies_in_the_middle_of_the_transfer_harms_no_other(make_stage: Make) -> None:
-    stage = make_stage(2, (1, 1), bulk=32 * MIB_ROWS, transport={"wire": "tcp"})
+    stage = make_stage(2, (1, 1), bulk=24 * MIB_ROWS, transport={"wire": "tcp"})
     stage.sync(1)
     stage.load(2)
     stage.session.publish(2)
@@ -92,7 +92,7 @@ def test_an_engine_that_dies_while_it_installs_leaves_the_other_one_whole(make_s
 
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_bytes_that_come_after_the_deadline_land_where_nobody_reads(make_stage: Make, operation: str) -> None:
-    stage = make_stage(1, bulk=64 * MIB_ROWS, transport={"wire": "tcp", "operation": operation}, deadline_seconds=20.0)
+    stage = make_stage(1, bulk=32 * MIB_ROWS, transport={"wire": "tcp", "operation": operation}, deadline_seconds=20.0)
     trainer, engine = stage.trainers[0], stage.engines[0]
     stage.sync(1)
     stage.session = stage.session_with(deadline_seconds=2.0)
@@ -139,7 +139,7 @@ def test_bytes_that_come_after_the_deadline_land_where_nobody_reads(make_stage: 
 
 def test_a_late_write_never_meets_the_arena_of_the_next_epoch(make_stage: Make) -> None:
     """The source stays stopped while the engine begins the next epoch with others, and goes on in the middle of it."""
-    stage = make_stage(2, bulk=64 * MIB_ROWS, transport={"wire": "tcp"}, deadline_seconds=20.0)
+    stage = make_stage(2, bulk=24 * MIB_ROWS, transport={"wire": "tcp"}, deadline_seconds=20.0)
     engine, late = stage.engines[0], stage.trainers[1]
     stage.sync(1)
     stage.session.options = stage.session_with(deadline_seconds=1.5).options

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from rlbridge_conformance.toy import ToySource
 
 from rlbridge.errors import DeadlineError, LayoutError, LeaseError, RlbridgeError, StaleVersionError, SyncError
 from rlbridge.sync.messages import Acknowledge, Digests, Nothing, Publish, Published, Send, Sent, Wait
+from rlbridge_conformance.toy import ToySource
 from tests.sync.stage import MIB_ROWS, Stage, ask, stopped
 
 Make = Callable[..., Stage]
@@ -20,7 +20,7 @@ SINKS = ["generator[0].rank[0]"]
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_training_goes_on_while_a_version_is_on_its_way(make_stage: Make, operation: str) -> None:
     """The engine is stopped in the middle of the transfer, and the trainers take a step meanwhile."""
-    stage = make_stage(2, bulk=32 * MIB_ROWS, transport={"wire": "tcp", "operation": operation})
+    stage = make_stage(2, bulk=24 * MIB_ROWS, transport={"wire": "tcp", "operation": operation})
     stage.sync(1)
     stage.load(2)
     stage.session.publish(2)

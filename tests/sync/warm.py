@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rlbridge_conformance.toy import ToyGenerator, ToySource
-
 from rlbridge.sync.messages import Nothing, Record, pack
+from rlbridge_conformance.toy import ToyGenerator, ToySource
 
 
 def warm_up() -> None:

@@ -122,7 +122,7 @@ def _copy_step(draw: st.DrawFn, t: torch.Tensor) -> Program:
         return lambda x: x.contiguous()
     if kind == "cat" and t.shape[d] > 1:
         at = draw(st.integers(1, t.shape[d] - 1))
-        return lambda x: torch.cat([x.narrow(d, at, x.shape[d] - at), x.narrow(d, 0, at)], dim=d)
+        return lambda x: torch.cat([x.narrow(d, at, x.shape[d] - at), x, x.narrow(d, 0, at)], dim=d)
     if kind == "stack" and t.shape[d] % 2 == 0:
         return lambda x: torch.stack([*reversed(x.chunk(2, d))], dim=d)
     return lambda x: x.reshape(-1)

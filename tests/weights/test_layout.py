@@ -66,6 +66,16 @@ def test_a_usual_cut_is_few_boxes(view) -> None:
     assert len(boxes) <= (2 if cut.dim() == 3 else 1)
 
 
+@pytest.mark.parametrize(("size", "step"), [(3, 1), (4, 2)])
+def test_windows_that_overlap_are_followed(size: int, step: int) -> None:
+    full = torch.arange(8)
+    windows = full.unfold(0, size, step)
+    other = torch.zeros_like(windows, memory_format=torch.contiguous_format)
+    for offset, box, strides, at in strided_boxes((8,), 0, windows.shape, windows.stride(), other.stride(), 0):
+        other.as_strided(box, strides, at).copy_(box_of(full, Region("t", offset, box)))
+    assert torch.equal(other, windows)
+
+
 @pytest.mark.parametrize("strides", [(0, 1), (1, 0), (0, 0)])
 def test_a_view_that_repeats_elements_is_refused(strides: tuple[int, int]) -> None:
     with pytest.raises(LayoutError, match="repeats"):

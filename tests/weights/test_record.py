@@ -192,14 +192,16 @@ def test_parameters_that_are_parts_of_one_buffer_are_each_checked() -> None:
 
 def test_columns_of_one_buffer_as_parameters_of_their_own() -> None:
     buffer = torch.zeros(4, 6)
-    parameters = {"left": buffer[:, :2], "right": buffer[:, 2:]}
+    parameters = {"left": buffer[:, :4], "right": buffer[:, 4:]}
 
     def load(weights: Weights) -> None:
         for _, tensor in weights:
-            parameters["left"].copy_(tensor[:, :2])
-            parameters["right"].copy_(tensor[:, 2:])
+            parameters["left"].copy_(tensor[:, :4])
+            for row in range(4):
+                parameters["right"][row].copy_(tensor[row, 4:])
 
     pieces = record(load, [W], parameters)
+    assert [p.storage for p in pieces] == ["left"] + ["right"] * 4
     replay(pieces, {"w": torch.arange(24.0).view(4, 6)}, parameters)
     assert buffer.flatten().tolist() == list(range(24))
 

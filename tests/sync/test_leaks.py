@@ -1,0 +1,97 @@
+"""What happens once an epoch happens once, and what a sync takes it gives back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlbridge_conformance.toy import ToyEngine, ToySource
+from tests.sync.stage import Stage
+
+Make = Callable[..., Stage]
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_fifty_syncs_register_once_and_leave_nothing_behind(make_stage: Make, operation: str) -> None:
+    stage = make_stage(2, (2,), transport={"operation": operation})
+    parties = [*stage.trainers, *stage.engines]
+    for party in parties:
+        party.do("apply", count_registrations)
+    for version in range(1, 11):
+        stage.sync(version)
+    before = [party.do("apply", holdings) for party in parties]
+    for version in range(11, 61):
+        stage.sync(version)
+    after = [party.do("apply", holdings) for party in parties]
+    assert stage.serve(60)
+    assert stage.session.epoch == 1
+    for party, was, now in zip(parties, before, after, strict=True):
+        assert now["registrations"] == now["agents"] == (1 if party in stage.trainers else 2)
+        assert now["files"] == was["files"]
+        assert now["threads"] <= was["threads"] + 3  # the child's pool makes its threads when it first needs them
+        assert abs(now["maps"] - was["maps"]) <= 4
+        assert now["resident_mib"] - was["resident_mib"] < 8
+        assert now["kept"] == was["kept"]
+
+
+def test_ten_epochs_leave_nothing_behind(make_stage: Make) -> None:
+    stage = make_stage(1, (1,))
+    parties = [*stage.trainers, *stage.engines]
+    shared = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    files = set(Path("/tmp").glob("*ucx*"))
+    for version in (1, 2, 3):
+        stage.session.attach()
+        stage.sync(version)
+    before = [party.do("apply", holdings) for party in parties]
+    for version in range(4, 14):
+        stage.session.attach()
+        stage.sync(version)
+    after = [party.do("apply", holdings) for party in parties]
+    assert stage.serve(13)
+    for was, now in zip(before, after, strict=True):
+        assert now["files"] <= was["files"] + 1
+        assert now["threads"] <= was["threads"] + 3
+        assert now["resident_mib"] - was["resident_mib"] < 24
+    assert set(os.listdir("/dev/shm")) <= shared  # noqa: PTH208
+    assert set(Path("/tmp").glob("*ucx*")) <= files
+
+
+def count_registrations(party: ToySource | ToyEngine) -> None:
+    """Count what NIXL is asked to register in this process, and the agents that are made."""
+    from nixl._api import nixl_agent
+
+    party.counted = {"registrations": 0, "agents": 0}  # type: ignore[union-attr]
+    register, begin = nixl_agent.register_memory, nixl_agent.__init__
+
+    def counting_register(*args: Any, **kwargs: Any) -> Any:
+        party.counted["registrations"] += 1  # type: ignore[union-attr]
+        return register(*args, **kwargs)
+
+    def counting_begin(*args: Any, **kwargs: Any) -> None:
+        party.counted["agents"] += 1  # type: ignore[union-attr]
+        begin(*args, **kwargs)
+
+    nixl_agent.register_memory, nixl_agent.__init__ = counting_register, counting_begin
+
+
+def holdings(party: ToySource | ToyEngine) -> dict[str, Any]:
+    """What this process holds."""
+    proc = Path("/proc/self")
+    publisher = [party.publisher] if isinstance(party, ToySource) else []
+    subscribers = [] if isinstance(party, ToySource) else party.generator.subscribers
+    transports: list[Any] = [end._transport for end in (*publisher, *subscribers)]
+    return getattr(party, "counted", {}) | {
+        "files": len(list((proc / "fd").iterdir())),
+        "threads": len(list((proc / "task").iterdir())),
+        "maps": len((proc / "maps").read_text().splitlines()),
+        "resident_mib": int((proc / "statm").read_text().split()[1]) * 4096 / 2**20,
+        "kept": [
+            sum(len(slots) for slots in t._transfers.values()) + len(t._peers) + len(t._expected) + len(t._notes)
+            for t in transports
+        ]
+        + [len(s._graveyard) for s in subscribers],
+    }
