@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def make_arithmetic(path: Path, seed: int, log: Log, *, steps: int = 340) -> Non
     kind. Sampled answers to nearly every prompt are right now and then, which is what reinforcement learns from. (A model of
     the same accuracy that was merely stopped early is right in a fifth of its samples, and learns several times more slowly.)
 
-    The directory appears whole or not at all. A seed gives one model, on one machine with one number of threads.
+    The directory appears whole or not at all. A seed gives one model, on one kind of machine.
 
     Args:
         path: The directory to make. It must not exist.
@@ -71,11 +72,22 @@ def _make(path: Path, seed: int, log: Log, steps: int) -> None:
     _write_pairs(path / "prompts.jsonl", prompts)
     _write_pairs(path / "held_out.jsonl", held_out)
     _tokenizer().save_pretrained(path)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(_config())
         _warm_start(model, prompts, held_out, steps, log)
     model.save_pretrained(path)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The model is too small to share out: on a busy machine two threads took eight times as long as one, waiting in turns."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _split(seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _TLS = {"shm": "cma,tcp,self", "tcp": "tcp,self", "rdma": "rc,ud,dc,cuda_copy,gdr_copy,self"}
 
+_PROGRESS_MICROSECONDS = 5000
+"""How long an agent's progress thread sleeps at most. Events wake it; this is for what has none."""
+
 _logs: dict[int, str] = {}  # by process, since a fork inherits this dict: where UCX writes its report
 
 
@@ -30,15 +33,17 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
         TransportError: NIXL has no UCX backend here that can use the wire.
     """
     quiet_ucx()
-    from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
+    import nixl._api as nixl
 
     logging.getLogger("nixl").setLevel(logging.WARNING)
     unique = f"{name}-{uuid.uuid4().hex[:8]}"
     # A pull has a thread of its own, and is asked about from others.
-    config = nixl_agent_config(backends=["UCX"], capture_telemetry=True, sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
+    config = nixl.nixl_agent_config(
+        backends=["UCX"], capture_telemetry=True, sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+    )
     try:
-        with _environment(_ucx_variables(wire, net_devices)):
-            return nixl_agent(unique, config), unique
+        with _environment(_ucx_variables(wire, net_devices)), _patient_progress(nixl.nixlBind):
+            return nixl.nixl_agent(unique, config), unique
     except Exception as error:
         raise TransportError(
             f"NIXL cannot start its UCX backend: {type(error).__name__}: {error}",
@@ -57,6 +62,26 @@ def _ucx_variables(wire: str, net_devices: str) -> dict[str, str]:
     elif wire == "shm":  # one host by definition; UCX listens on every interface that it may use
         made["UCX_NET_DEVICES"] = "lo"
     return made
+
+
+@contextlib.contextmanager
+def _patient_progress(bindings: Any) -> Iterator[None]:
+    """Let an agent's progress thread sleep until UCX has an event.
+
+    NIXL's Python face (1.5.1) sets the thread's delay to 0, and it then spins: every trainer and engine rank uses up a core for
+    as long as it has an agent, and on two cores transfers took two to four times as long as with a delay.
+    """
+    theirs: Any = bindings.nixlAgentConfig
+
+    class PatientConfig(theirs):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, _PROGRESS_MICROSECONDS if name == "pthrDelay" else value)
+
+    bindings.nixlAgentConfig = PatientConfig
+    try:
+        yield
+    finally:
+        bindings.nixlAgentConfig = theirs
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,9 +92,20 @@ def test_nothing_listens_off_the_pinned_interfaces(make_stage: Make, wire: str) 
         assert set(listening(party.pid)) <= {"127.0.0.1"}
 
 
-def test_a_trainer_that_owns_nothing_the_engines_need_takes_part(make_stage: Make) -> None:
-    """Of 41 ranks that share 40 rows one has no rows; here: three ranks of which the last has no scalar and no share of two rows."""
-    stage = make_stage(2, transport={"wire": "tcp", "operation": "write"})
+def test_an_idle_agent_costs_no_cpu_time(make_stage: Make) -> None:
+    stage = make_stage()
+    stage.sync(1)
+    parties = [*stage.trainers, *stage.engines]
+    before = [cpu_seconds(party.pid) for party in parties]
+    time.sleep(1.0)
+    for party, was in zip(parties, before, strict=True):
+        assert cpu_seconds(party.pid) - was < 0.1
+
+
+@pytest.mark.parametrize("publish", ["snapshot", "barrier"])
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_a_trainer_rank_that_owns_nothing_takes_part(make_stage: Make, operation: str, publish: str) -> None:
+    stage = make_stage(2, transport={"wire": "tcp", "operation": operation}, publish=publish)
     stage.trainers[1].do("apply", own_nothing)
     stage.trainers[0].do("apply", own_all)
     for version in (1, 2):
@@ -116,6 +129,11 @@ def listening(pid: int) -> list[str]:
                 address = bytes.fromhex(cells[1].partition(":")[0])
                 found.append(socket.inet_ntoa(address[::-1]) if len(address) == 4 else cells[1])
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    cells = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(cells[11]) + int(cells[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def forge_wires(_: ToyEngine | ToySource, wires: list[str]) -> None:

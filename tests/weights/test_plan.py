@@ -254,6 +254,10 @@ def test_owners_are_spread_by_bytes(sizes: list[int], ranks: int) -> None:
     assert all(loads) or sum(n > 0 for n in sizes) < ranks
 
 
+def test_a_large_tensor_counts_as_much_as_many_small_ones() -> None:
+    assert spread([TensorMeta(f"t{n}", (n,), "float32") for n in (31, 90, 30, 29)], 2) == [1, 0, 1, 1]
+
+
 def _held(
     name: str, *regions: tuple[tuple[int, ...], tuple[int, ...]], shape: tuple[int, ...], dtype: str = "float32"
 ) -> Layout:

@@ -176,16 +176,17 @@ def test_tied_parameters_need_one_write_and_a_view_of_a_parameter_none() -> None
     assert piece.storage == "fused"
 
 
-def test_parameters_that_are_parts_of_one_buffer_are_each_checked() -> None:
+@pytest.mark.parametrize(("b", "w"), [(24, 0), (0, 6)])
+def test_parameters_that_are_parts_of_one_buffer_are_each_checked(b: int, w: int) -> None:
     buffer = torch.zeros(30)
-    parameters = {"b": buffer[24:], "w": buffer[:24].view(4, 6)}
+    parameters = {"b": buffer[b : b + 6], "w": buffer[w : w + 24].view(4, 6)}
 
     def load(weights: Weights) -> None:
         for name, tensor in weights:
             parameters[name].copy_(tensor)
 
     pieces = record(load, [W, B], parameters)
-    assert {(p.region.tensor, p.storage, p.offset) for p in pieces} == {("w", "w", 0), ("b", "b", 24)}
+    assert {(p.region.tensor, p.storage, p.offset) for p in pieces} == {("w", "w", w), ("b", "b", b)}
     with pytest.raises(LayoutError, match=r"parameter 'b' .* gets 0 of its 6"):
         record(load, [W], parameters)
 
@@ -328,6 +329,11 @@ def test_a_loader_that_replaces_a_parameter_is_refused() -> None:
 def test_a_copy_into_a_scratch_tensor_is_refused() -> None:
     with pytest.raises(LayoutError, match="none of its parameters"):
         one(torch.zeros(4, 6), lambda p, t: torch.zeros(4, 6).copy_(t), [W])
+
+
+def test_a_copy_into_a_parameters_bytes_is_refused() -> None:
+    with pytest.raises(LayoutError, match="none of its parameters"):
+        one(torch.zeros(4, 6), lambda p, t: p.view(torch.int32).copy_(t), [TensorMeta("w", (4, 6), "int32")])
 
 
 def test_a_loaders_own_error_comes_with_the_tensor_it_had() -> None:
