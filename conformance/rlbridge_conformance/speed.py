@@ -3,17 +3,18 @@
     python -m rlbridge_conformance.speed --mib 1024 --tensors 300
 
 Peers: Ray Direct Transport over NIXL with a copy into the parameters, and Ray's object store with the same copy; neither
-keeps a snapshot, neither verifies. Limit: one-thread memory copies of the same bytes, measured around each row. Rows are
-interleaved, so that a machine that gets slower slows all of them.
+keeps a snapshot, neither verifies. Limit: one-thread memory copies of the same bytes, measured around each repeat.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ from rlbridge.roles.source import ShardedSource
 from rlbridge.sync.engine import Engine
 from rlbridge.sync.messages import TransportSpec
 from rlbridge.sync.publisher import Publisher
+from rlbridge.sync.report import SyncReport
 from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge.sync.subscriber import Subscriber
 from rlbridge.weights.layout import Piece, TensorMeta, contiguous_strides, whole
+
+ROWS = ("rlbridge nixl snapshot", "rlbridge nixl barrier", "RDT nixl + copy", "object store + copy")
 
 
 class SpeedTrainer:
@@ -130,46 +134,52 @@ def make_tensors(mib: int, count: int) -> dict[str, torch.Tensor]:
     return {f"layers.{i}.weight": torch.full((rows, 1024), i % 8, dtype=torch.bfloat16) for i in range(count)}
 
 
-def measure(mib: int, count: int, repeats: int) -> dict[str, Any]:
-    """All rows, interleaved `repeats` times after one round that is not counted."""
-    trainer = ray.remote(enable_tensor_transport=True)(SpeedTrainer).remote(mib, count)
-    generator = ray.remote(enable_tensor_transport=True)(SpeedGenerator).remote(mib, count)
-    parties = [ActorParty("trainer[0]", trainer)], [ActorParty("generator[0]", generator)]
-    sessions = {
-        f"rlbridge nixl {op} {publish}": SyncSession(
-            *parties, TransportSpec("nixl", {"operation": op}), SyncOptions(publish=publish)
-        )
-        for op, publish in (("read", "snapshot"),)
-    }
-    rows: dict[str, list[float]] = {}
+def measure(mib: int, count: int, repeats: int, rounds: int) -> dict[str, Any]:
+    """All rows, `rounds` times over. Each has processes of its own, and one repeat more that is not counted.
+
+    Processes of their own, since Ray's NIXL agents spin once they are made, and would slow whatever runs beside them.
+    """
+    seconds: dict[str, list[float]] = {}
     phases: dict[str, list[dict[str, float]]] = {}
-    versions = iter(range(1, 10_000))
-    for turn in range(repeats + 1):
-        for name, run in _rows(trainer, generator, sessions, versions, phases):
-            ray.get(trainer.step.remote())
-            before = ray.get(trainer.memcpy.remote())
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
-            after = ray.get(trainer.memcpy.remote())
-            if ray.get(trainer.sums.remote()) != ray.get(generator.sums.remote()):
-                raise RuntimeError(f"{name}: the parameters are not the trainer's")
-            if turn:
-                rows.setdefault(name, []).append(seconds)
-                rows.setdefault("memcpy", []).append((before + after) / 2)
-    return {"mib": mib, "tensors": count, "seconds": rows, "phases": {n: _median(p[1:]) for n, p in phases.items()}}
+    for _ in range(rounds):
+        for name in ROWS:
+            trainer = ray.remote(enable_tensor_transport=True)(SpeedTrainer).remote(mib, count)
+            generator = ray.remote(enable_tensor_transport=True)(SpeedGenerator).remote(mib, count)
+            run = _contender(name, trainer, generator)
+            for turn in range(repeats + 1):
+                ray.get(trainer.step.remote())
+                before = ray.get(trainer.memcpy.remote())
+                start = time.perf_counter()
+                report = run()
+                took = time.perf_counter() - start
+                after = ray.get(trainer.memcpy.remote())
+                if ray.get(trainer.sums.remote()) != ray.get(generator.sums.remote()):
+                    raise RuntimeError(f"{name}: the parameters are not the trainer's")
+                if turn:
+                    seconds.setdefault(name, []).append(took)
+                    seconds.setdefault("memcpy", []).append((before + after) / 2)
+                    if isinstance(report, SyncReport):
+                        phases.setdefault(name, []).append(dict(report.phases))
+            ray.kill(trainer)
+            ray.kill(generator)
+    return {"mib": mib, "tensors": count, "seconds": seconds, "phases": {n: _median(p) for n, p in phases.items()}}
 
 
-def _rows(trainer: Any, generator: Any, sessions: dict[str, SyncSession], versions: Any, phases: Any) -> Any:
-    for name, session in sessions.items():
-
-        def sync(name: str = name, session: SyncSession = session) -> None:
-            phases.setdefault(name, []).append(dict(session.sync(next(versions)).phases))
-
-        yield name, sync
-    carried = trainer.weights.options(tensor_transport="nixl")
-    yield "RDT nixl + copy", lambda: ray.get(generator.copy_in.remote(carried.remote()))
-    yield "object store + copy", lambda: ray.get(generator.copy_in.remote(trainer.weights.remote()))
+def _contender(name: str, trainer: Any, generator: Any) -> Callable[[], Any]:
+    if name == "RDT nixl + copy":
+        carried = trainer.weights.options(tensor_transport="nixl")
+        return lambda: ray.get(generator.copy_in.remote(carried.remote()))
+    if name == "object store + copy":
+        return lambda: ray.get(generator.copy_in.remote(trainer.weights.remote()))
+    publish = name.rpartition(" ")[2]
+    session = SyncSession(
+        [ActorParty("trainer[0]", trainer)],
+        [ActorParty("generator[0]", generator)],
+        TransportSpec("nixl", {}),
+        SyncOptions(publish="barrier" if publish == "barrier" else "snapshot"),
+    )
+    versions = itertools.count(1)
+    return lambda: session.sync(next(versions))
 
 
 def _median(phases: list[dict[str, float]]) -> dict[str, float]:
@@ -196,11 +206,12 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
-        found = measure(options.mib, options.tensors, options.repeats)
+        found = measure(options.mib, options.tensors, options.repeats, options.rounds)
     finally:
         ray.shutdown()
     show(found)

@@ -54,6 +54,10 @@ def run(
         return Run(place.name, place, loaded, loaded.algorithm.steps, step, started)
 
     prepared = prepare(loaded, console.print)
+    console.print(
+        f"starting {loaded.trainer.workers} x trainer {loaded.trainer.backend}, "
+        f"{loaded.generator.workers} x generator {loaded.generator.backend}, transport {prepared.transport.backend}"
+    )
     observers = [FileObserver(), ProgressObserver()]
     for observer in observers:
         registry().manager.register(observer)
