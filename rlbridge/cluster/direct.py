@@ -95,9 +95,7 @@ class DirectTrainer:
         """The current weights, copied: training may go on while they are read."""
         metas = self._layout.meta()
         taken = {
-            region.tensor: torch.empty(
-                region.shape, dtype=getattr(torch, metas[region.tensor].dtype), device=self._device
-            )
+            region.tensor: torch.empty(region.shape, dtype=getattr(torch, metas[region.tensor].dtype), device=self._device)
             for region in self._layout.regions
         }
         missing = [m.name for m in self._layout.tensors if m.alias_of is None and m.name not in taken]

@@ -147,7 +147,9 @@ class ClusterSection(Section):
     )
     start_seconds: float = Field(default=120.0, gt=0, description="How long the actors may take to start.")
     step_seconds: float = Field(
-        default=1800.0, gt=0, description="How long one call may take: generating a step's completions, a training step, a save."
+        default=1800.0,
+        gt=0,
+        description="How long one call may take: generating a step's completions, a training step, a save.",
     )
     temp_dir: Path | None = Field(default=None, description="Where Ray keeps its sessions; null leaves it to Ray.")
 

@@ -11,6 +11,7 @@ import torch
 from rlbridge.errors import LayoutError
 from rlbridge.weights.layout import Layout, Piece, Region, TensorMeta
 from rlbridge.weights.record import record
+from rlbridge.weights.threads import copy_all
 
 Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 
@@ -74,9 +75,7 @@ class RecordedSink(WeightSink):
         views = self.live()
         if len(sources) != len(views):
             raise LayoutError(f"{len(sources)} boxes to install, {len(views)} bound")
-        if views:  # torch copies no empty list
-            with torch.no_grad():
-                torch._foreach_copy_(views, list(sources))
+        copy_all(views, sources)
         if self._refresh is not None:
             self._refresh()
 

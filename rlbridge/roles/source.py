@@ -9,6 +9,7 @@ import torch
 
 from rlbridge.errors import LayoutError
 from rlbridge.weights.layout import Layout, Piece, Region, TensorMeta, whole
+from rlbridge.weights.threads import copy_all
 
 
 class WeightSource(ABC):
@@ -67,10 +68,7 @@ class ShardedSource(WeightSource):
         self._pointers = {}
 
     def snapshot(self, destinations: Sequence[torch.Tensor]) -> None:
-        views = self.live()
-        if views:  # torch copies no empty list
-            with torch.no_grad():
-                torch._foreach_copy_(list(destinations), views)
+        copy_all(destinations, self.live())
 
     def live(self) -> list[torch.Tensor]:
         storages = self._storages()

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import torch
 import xxhash
 
+from rlbridge.weights.threads import in_threads
+
 BYTES = 16
 """Length of one digest."""
 
 
 def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     """The digest of each tensor's elements in row-major order. Tensors of other devices are copied to the host."""
-    return [xxhash.xxh3_128_digest(_raw(tensor)) for tensor in tensors]
+    parts = in_threads(lambda part: [xxhash.xxh3_128_digest(_raw(tensor)) for tensor in tensors[part]], tensors)
+    return [digest for part in parts for digest in part]
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
