@@ -15,7 +15,8 @@ def has_rdma_device() -> bool:
 def quiet_ucx() -> None:
     """Keep UCX from loading its InfiniBand module where there is no device. Call it before the first agent.
 
-    Where Debian's rdma-core is installed, the module brings a second copy of libnl and the process crashes at exit (NIXL 1.5.1).
+    Where Debian's rdma-core is installed, the module brings a second copy of libnl, and the process crashes at exit
+    (NIXL 1.5.1).
     """
     if not has_rdma_device():
         os.environ.setdefault("UCX_MODULES", "^ib")

@@ -1,4 +1,4 @@
-"""Makes `tests.models` and the like importable here and in the processes that stand for ranks, and quiets what they would do."""
+"""Makes `tests.models` and the like importable here and in the processes that stand for ranks, and quiets what they do."""
 
 from __future__ import annotations
 

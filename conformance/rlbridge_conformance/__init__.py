@@ -1,0 +1,1 @@
+"""The conformance suite: proof that a backend's weight sync is right, and what it stands on."""

@@ -47,7 +47,7 @@ O = TypeVar("O", bound=GeneratorOptions)  # noqa: E741  (the options model of a 
 class Generator(ABC, Generic[O]):
     """One serving engine. It has one or more ranks; each rank holds a `Subscriber` (rlbridge.sync) over its parameters.
 
-    The core never generates, scores or installs on an engine whose weights are torn: it guards the calls, so a backend need not.
+    The core never generates or scores on an engine whose weights are torn: it guards the calls, so a backend need not.
     `version` is set by the core at each commit and stamped on the tokens sampled after it.
     """
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rlbridge_native.options import NativeTrainerOptions
 
 from rlbridge.roles.batch import Batch, pad_sequences
 from rlbridge.roles.trainer import AlgorithmOptions, OptimizerOptions, TrainerContext
+from rlbridge_native.options import NativeTrainerOptions
 
 EPSILON = 1e-3
 """Large, since AdamW with a small one makes a whole step of the rounding error of a gradient that is nearly zero."""
@@ -57,6 +57,7 @@ def make_batch(rows: int = 8, *, seed: int = 0, temperature: float = 1.0, step: 
 
 def _rank(task: Callable[..., Any], rank: int, ranks: int, model: Path, rendezvous: str, settings: dict[str, Any]) -> Any:
     import torch
+
     from rlbridge_native.trainer import NativeTrainer
 
     torch.set_num_threads(1)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from rlbridge_native.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full, module_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from rlbridge.errors import LayoutError
 from rlbridge.weights.provenance import Provenance
+from rlbridge_native.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full, module_tensors
 from tests.models import tiny_llama, tiny_mixtral, tiny_qwen3, tiny_qwen3_moe
 
 MODELS = {

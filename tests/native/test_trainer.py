@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rlbridge_native.trainer import NativeTrainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlbridge.errors import CheckpointError, ModelError, RlbridgeError
 from rlbridge.roles.batch import Batch, Sequences
 from rlbridge.weights.layout import Layout
+from rlbridge_native.trainer import NativeTrainer
 from tests.models import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from tests.native.ranks import EPSILON, make_batch, on_ranks
 
