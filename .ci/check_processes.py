@@ -23,4 +23,4 @@ def left() -> dict[int, str]:
 deadline = time.monotonic() + 30
 while left() and time.monotonic() < deadline:
     time.sleep(1)
-sys.exit("\n".join(f"still running: {pid} {command}" for pid, command in left().items()))
+sys.exit("\n".join(f"still running: {pid} {command}" for pid, command in left().items()) or 0)

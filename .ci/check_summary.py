@@ -13,4 +13,4 @@ if not summary["reward"]["last"] > 0.9:
     problems.append(f"the last held-out reward is {summary['reward']['last']}, not above 0.9")
 if not summary["verified"] or summary["syncs"] != summary["steps"] + 1:
     problems.append(f"{summary['syncs']} syncs in {summary['steps']} steps, verified: {summary['verified']}")
-sys.exit("\n".join(problems))
+sys.exit("\n".join(problems) or 0)

@@ -54,7 +54,7 @@ def test_rdma_is_refused_where_there_is_none(make_stage: Make) -> None:
 def test_another_wire_than_the_one_asked_for_fails_the_sync(
     make_stage: Make, operation: str, wires: list[str], told: str
 ) -> None:
-    stage = make_stage(transport={"wire": "shm", "operation": operation})
+    stage = make_stage(transport={"wire": "shm", "operation": operation}, fresh=True)
     stage.sync(1)
     party = stage.engines[0] if operation == "read" else stage.trainers[0]
     party.do("apply", forge_wires, wires)
@@ -68,7 +68,7 @@ def test_another_wire_than_the_one_asked_for_fails_the_sync(
 
 
 def test_a_wire_that_nobody_knows_is_reported_as_unknown(make_stage: Make) -> None:
-    stage = make_stage()
+    stage = make_stage(fresh=True)
     stage.engines[0].do("apply", forge_wires, [])
     report = stage.sync(1)
     assert report.wire == "nixl over unknown"

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 
-from tests.sync.stage import Stage
+from tests.sync.stage import Stage, stop_idle
 from tests.sync.warm import warm_up
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm() -> None:
+def warm() -> Iterator[None]:
+    """Children start fast, and none is left at the end."""
     warm_up()
+    yield
+    stop_idle()
 
 
 @pytest.fixture
 def make_stage() -> Iterator[Callable[..., Stage]]:
-    """`Stage`, and the end of its processes after the test."""
+    """`Stage`, and its end after the test."""
     made: list[Stage] = []
 
     def make(*args: Any, **kwargs: Any) -> Stage:

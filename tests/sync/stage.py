@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
+from rlbridge.errors import PeerLostError
 from rlbridge.sync.messages import TransportSpec, pack, result
 from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge_conformance.processes import ProcessParty
@@ -20,8 +21,41 @@ MIB_ROWS = 256
 """Rows of the toy's "bulk" tensor in a MiB of float32."""
 
 
+class _Host:
+    """What runs in a process: one trainer rank or engine after the other, since UCX takes half a second to load."""
+
+    def __init__(self) -> None:
+        self._guest: Any = None
+
+    def become(self, build: Callable[[], Any]) -> None:
+        self._guest = build()
+
+    def retire(self) -> bool:
+        """End the guest. Whether nothing of it is left that could disturb the next one."""
+        ends = self._guest.generator.subscribers if isinstance(self._guest, ToyEngine) else [self._guest.publisher]
+        for end in ends:
+            end.close()
+        self._guest = None
+        return not any(getattr(end, "_graveyard", None) for end in ends)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guest, name)
+
+
+_idle: list[ProcessParty] = []
+
+
+def stop_idle() -> None:
+    """End the processes that wait for a next test."""
+    while _idle:
+        _idle.pop().stop()
+
+
 class Stage:
-    """Parties and their session. Other sessions over the same parties are made with `session_with`."""
+    """Parties and their session. Other sessions over the same parties are made with `session_with`.
+
+    A `fresh` stage has processes of its own: for tests that patch what is in them, or measure them.
+    """
 
     def __init__(
         self,
@@ -33,8 +67,11 @@ class Stage:
         served: torch.dtype = torch.float32,
         bulk: int = 0,
         transport: dict[str, Any] | None = None,
+        fresh: bool = False,
         **options: Any,
     ) -> None:
+        self._fresh = fresh
+        self._cast: list[ProcessParty] = []
         self._source = functools.partial(ToySource, ranks=ranks, flat=flat, dtype=dtype, bulk=bulk)
         self._engine = functools.partial(ToyEngine, dtype=served, bulk=bulk)
         self._tps = tps
@@ -49,10 +86,10 @@ class Stage:
         return SyncSession(self.trainers, self.engines, spec, SyncOptions(**self._options | options))
 
     def new_trainer(self, rank: int) -> ProcessParty:
-        return ProcessParty(f"trainer[{rank}]", functools.partial(self._source, rank))
+        return self._new(f"trainer[{rank}]", functools.partial(self._source, rank))
 
     def new_engine(self, index: int) -> ProcessParty:
-        return ProcessParty(f"generator[{index}]", functools.partial(self._engine, index, self._tps[index]))
+        return self._new(f"generator[{index}]", functools.partial(self._engine, index, self._tps[index]))
 
     def load(self, seed: int) -> None:
         for trainer in self.trainers:
@@ -68,8 +105,26 @@ class Stage:
         return all(e.do("matches", version, **kwargs) and e.do("served") == version for e in self.engines)
 
     def close(self) -> None:
-        for party in [*self.session.trainers, *self.session.engines, *self.trainers, *self.engines]:
-            party.stop()
+        """Keep the processes that are in good health for another stage, and end the others."""
+        for party in self._cast:
+            if not self._fresh and _retired(party):
+                _idle.append(party)
+            else:
+                party.stop()
+
+    def _new(self, name: str, build: Callable[[], Any]) -> ProcessParty:
+        party = _idle.pop() if _idle and not self._fresh else ProcessParty(name, _Host)
+        party.name = name
+        party.do("become", build)
+        self._cast.append(party)
+        return party
+
+
+def _retired(party: ProcessParty) -> bool:
+    try:
+        return bool(party.do("retire", timeout=2.0))
+    except (PeerLostError, TimeoutError):
+        return False
 
 
 def ask(party: ProcessParty, method: str, message: object, kind: type[Any], timeout: float = 20.0) -> Any:

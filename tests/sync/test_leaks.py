@@ -17,7 +17,7 @@ Make = Callable[..., Stage]
 
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_fifty_syncs_register_once_and_leave_nothing_behind(make_stage: Make, operation: str) -> None:
-    stage = make_stage(2, (2,), transport={"operation": operation})
+    stage = make_stage(2, (2,), transport={"operation": operation}, fresh=True)
     parties = [*stage.trainers, *stage.engines]
     for party in parties:
         party.do("apply", count_registrations)
@@ -39,7 +39,7 @@ def test_fifty_syncs_register_once_and_leave_nothing_behind(make_stage: Make, op
 
 
 def test_ten_epochs_leave_nothing_behind(make_stage: Make) -> None:
-    stage = make_stage(1, (1,))
+    stage = make_stage(1, (1,), fresh=True)
     parties = [*stage.trainers, *stage.engines]
     shared = set(os.listdir("/dev/shm"))  # noqa: PTH208
     files = set(Path("/tmp").glob("*ucx*"))

@@ -144,7 +144,7 @@ def test_the_epoch_of_another_session_ends_this_one_and_a_sync_begins_the_next(m
 
 
 def test_closing_a_session_gives_the_arenas_back(make_stage: Make) -> None:
-    stage = make_stage(bulk=32 * MIB_ROWS)
+    stage = make_stage(bulk=32 * MIB_ROWS, fresh=True)
     before = [p.do("apply", resident_mib) for p in (*stage.trainers, *stage.engines)]
     stage.sync(1)
     stage.session.close()
