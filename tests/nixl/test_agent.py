@@ -128,4 +128,4 @@ def variables() -> dict[tuple[str, str], Mapping[str, str]]:
 def in_a_child(function: object) -> dict[tuple[str, str], Mapping[str, str]]:
     """In a process of its own, since where the report goes is settled once a process."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function)  # type: ignore[arg-type, no-any-return]
+        return pool.apply(function)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,7 +24,7 @@ PARTIES: Any = [Named("trainer[0]"), Named("trainer[1]"), Named("generator[0]")]
 
 def replied(*values: object) -> Future[list[bytes]]:
     future: Future[list[bytes]] = Future()
-    future.set_result([answer(_raising(v) if isinstance(v, Exception) else lambda v=v: v) for v in values])
+    future.set_result([answer(_call(value)) for value in values])
     return future
 
 
@@ -79,8 +80,10 @@ def test_what_a_rank_says_of_the_place_is_kept() -> None:
     assert caught.value.where == {"peer": "trainer[0]", "phase": "wire", "rank": "generator[0].rank[1]", "version": "4"}
 
 
-def _raising(error: Exception) -> Any:
+def _call(value: object) -> Callable[[], object]:
     def call() -> object:
-        raise error
+        if isinstance(value, Exception):
+            raise value
+        return value
 
     return call

@@ -82,7 +82,7 @@ def holdings(party: ToySource | ToyEngine) -> dict[str, Any]:
     """What this process holds."""
     proc = Path("/proc/self")
     publisher = [party.publisher] if isinstance(party, ToySource) else []
-    subscribers = [] if isinstance(party, ToySource) else party.generator.subscribers
+    subscribers: list[Any] = [] if isinstance(party, ToySource) else party.generator.subscribers
     transports: list[Any] = [end._transport for end in (*publisher, *subscribers)]
     return getattr(party, "counted", {}) | {
         "files": len(list((proc / "fd").iterdir())),

@@ -161,7 +161,7 @@ def flip_before_verify(engine: ToyEngine) -> None:
     verify = subscriber._verify
 
     def flip(message: Verify) -> Timed:
-        del subscriber._verify  # type: ignore[method-assign]
+        del subscriber._verify
         engine.flip_arena_byte()
         engine.flipped = where_flipped(engine)  # type: ignore[attr-defined]
         return verify(message)
