@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Ray's memory monitor looks at the whole machine, and kills actors for what others use.
@@ -13,3 +15,7 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes that start with it compile torch anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# The same examples each time, and no example fails for being slow: how fast a machine is, is no property of the code.
+settings.register_profile("rlbridge", deadline=None, derandomize=True)
+settings.load_profile("rlbridge")

@@ -14,7 +14,8 @@ from rlbridge.plugins import Role, registry
 
 def to_yaml(config: RunConfig) -> str:
     """Every key with its value. Loading it again gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Escaped, since PyYAML (6.0) does not read back every character that it writes as it is, U+0085 for one.
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def json_schema() -> dict[str, Any]:
