@@ -69,6 +69,19 @@ def test_micro_batches_train_as_the_whole_batch_does(qwen3: Path, tmp_path: Path
     assert_same_training(whole, parts)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_passes_over_fp32_weights_train_nearly_as_fp32_does(qwen3: Path, tmp_path: Path, ranks: int) -> None:
+    exact = trained(qwen3, tmp_path, ranks=ranks)
+    mixed = trained(qwen3, tmp_path, ranks=ranks, options={"compute_dtype": "bfloat16"})
+    assert {tensor.dtype for tensor in mixed[1].values()} == {torch.float32}
+    assert mixed[0][0] != exact[0][0]
+    for one, other in zip(mixed[0][0], exact[0][0], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.02)  # bf16 has 8 bits: log-probs of 4 are known to 0.02
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
+    for name, tensor in mixed[1].items():
+        torch.testing.assert_close(tensor, exact[1][name], rtol=0, atol=2e-2, msg=name)
+
+
 def straight_training(trainer: NativeTrainer, model: Path, batches: list[Batch]) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """The same steps from the paper's formulas, token by token, with a plain model and optimizer."""
     policy, reference = (AutoModelForCausalLM.from_pretrained(model).train() for _ in range(2))
