@@ -220,7 +220,7 @@ class Publisher:
             rank=self.name,
             version=slot.version,
             expelled=peers,
-            todo="the next sync begins a new epoch without what they were reading",
+            todo="the next sync begins a new epoch, with new arenas for all",
         )
 
     def _send(self, message: Send) -> Sent:

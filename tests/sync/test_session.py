@@ -126,7 +126,7 @@ def test_an_engine_refuses_a_version_that_it_has_from_another_session(make_stage
     version = 3
     other = stage.session_with()
     with pytest.raises(StaleVersionError) as caught:
-        other.sync(version)  # fresh in this session, and already published there
+        other.sync(version)  # fresh for this one, and already published there
     assert caught.value.where["version"] == str(version)
     assert stage.serve(version)
 
