@@ -22,6 +22,7 @@ from rlbridge.rl.run import Run, check_name, open_run
 
 def run(
     config: Path | None = None,
+    /,
     *overrides: str,
     resume: Annotated[Path | None, Parameter(help="The directory of a run to go on with, instead of a config file.")] = None,
 ) -> int:
