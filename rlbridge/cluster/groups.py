@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -21,6 +22,11 @@ from rlbridge.roles.trainer import TrainerContext, TrainerOptions
 from rlbridge.sync.messages import Nothing, result
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 5.0
+"""A backend may have processes of its own to end; one that is stuck in a collective is not waited for longer."""
 
 
 class _Group:
@@ -77,8 +83,13 @@ class _Group:
                 todo=f"asked: {len(self.parties)} actors; free in the cluster: {ray.available_resources()}",
             ) from error
 
-    def kill(self) -> None:
-        """End the actors."""
+    def end(self) -> None:
+        """Let the backends close, for as long as that is worth waiting for, and end the actors."""
+        closing = {p.future(p.actor.close.remote()): p.name for p in self.parties}
+        done, late = wait(closing, timeout=_CLOSE_SECONDS)
+        for future in [*done, *late]:
+            if future in late or future.exception() is not None:
+                _log.info("%s did not close and is ended as it is", closing[future])
         for party in self.parties:
             ray.kill(party.actor)
 

@@ -52,8 +52,8 @@ def workers(config: RunConfig, transport: TransportOptions) -> Iterator[Workers]
             with contextlib.closing(SyncSession(trainer.parties, generator.parties, spec, _sync_options(config))) as session:
                 yield Workers(trainer, generator, session, transport.backend)
         finally:
-            trainer.kill()
-            generator.kill()
+            trainer.end()
+            generator.end()
 
 
 def device_of(options: RoleOptions) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
-from rlbridge.errors import DeadlineError, DigestError, DirtyError, QuarantineError, RlbridgeError, StaleVersionError, SyncError
+from rlbridge.errors import DeadlineError, DigestError, QuarantineError, RlbridgeError, StaleVersionError, SyncError
 from rlbridge.roles.sink import WeightSink
 from rlbridge.roles.transport import Transport
 from rlbridge.sync.epoch import Epoch
@@ -316,22 +316,6 @@ class Subscriber:
         self.state = "dirty"
         self._sink.scramble()
         return Nothing()
-
-    def serving(self) -> int:
-        """The version that may be served.
-
-        Raises:
-            DirtyError: the parameters are a mixture of versions, or are being written.
-        """
-        if self.state != "ready":
-            raise DirtyError(
-                f"the weights are {self.state}: no whole version is held",
-                role="generator",
-                rank=self.name,
-                version=self.version,
-                todo="a sync that succeeds makes the engine ready again",
-            )
-        return self.version
 
     def _compare(self, expected: list[bytes], found: list[bytes], version: int, phase: str, place: str) -> None:
         if expected == found:
