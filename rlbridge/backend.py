@@ -29,6 +29,10 @@ class Capability(enum.StrEnum):
     """trainer: more than one worker"""
     RANKS_ARE_ACTORS = "ranks_are_actors"
     """generator: every engine rank is itself a Ray actor"""
+    PAUSE_KEEP = "pause_keep"
+    """generator: `pause("keep")` holds running requests, and they go on after `resume` with the weights of that moment"""
+    PAUSE_ABORT = "pause_abort"
+    """generator: `pause("abort")` ends running requests with what they have"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Backend:
         requires: Modules that must be importable here for it to run.
         capabilities: What it declares.
         distribution: The distribution whose version is shown; rlbridge's own by default.
+        requirements: "module:Class" of what it claims of the conformance suite; by default what its capabilities say.
     """
 
     name: str
@@ -54,3 +59,4 @@ class Backend:
     requires: tuple[str, ...] = ()
     capabilities: frozenset[Capability] = frozenset()
     distribution: str = "rlbridge"
+    requirements: str = ""

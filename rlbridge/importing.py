@@ -72,7 +72,9 @@ def extras() -> frozenset[str]:
 
 @functools.cache
 def distribution_version(distribution: str) -> str:
-    """The installed version of a distribution; empty where it is not installed."""
+    """The installed version of a distribution; empty where it is not installed, or has no name."""
+    if not distribution:
+        return ""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,8 @@
 """Finding backends by name: plugins are discovered once a process, and a backend is imported only when it is asked for.
 
 A plugin that cannot be imported or registered is kept as `Broken`, and only matters to whoever asks for what it would have
-brought. With `RLBRIDGE_STRICT_PLUGINS=1` it is an error at once.
+brought. With `RLBRIDGE_STRICT_PLUGINS=1` it is an error at once. `RLBRIDGE_PLUGINS` names further modules, separated by commas:
+for plugins that are no installed distribution.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Role = Literal["trainer", "generator", "transport", "reward", "model"]
 
 ENTRY_POINT_GROUP = "rlbridge"
 STRICT_VARIABLE = "RLBRIDGE_STRICT_PLUGINS"
+MODULES_VARIABLE = "RLBRIDGE_PLUGINS"
 
 _BUILT_IN = {
     "rlbridge_core": "rlbridge.rl.builtin_rewards",
@@ -89,12 +91,12 @@ class _Entry:
 
 @functools.cache
 def registry() -> Registry:
-    """The process's one registry: built-in plugins, and those of the entry-point group `rlbridge`.
+    """The process's one registry: built-in plugins, the modules that `RLBRIDGE_PLUGINS` names, the entry-point group `rlbridge`.
 
     Raises:
         PluginError: a plugin is broken, and `RLBRIDGE_STRICT_PLUGINS` is 1.
     """
-    return Registry([*_built_in_sources(), *_entry_point_sources()], strict=os.environ.get(STRICT_VARIABLE) == "1")
+    return Registry([*_built_in_sources(), *_named_sources(), *_entry_point_sources()], strict=os.environ.get(STRICT_VARIABLE) == "1")
 
 
 class Registry:
@@ -209,6 +211,11 @@ def _built_in_sources() -> Iterator[Source]:
         yield Source(name, "rlbridge", functools.partial(importlib.import_module, module))
 
 
+def _named_sources() -> Iterator[Source]:
+    for module in filter(None, map(str.strip, os.environ.get(MODULES_VARIABLE, "").split(","))):
+        yield Source(module, "", functools.partial(importlib.import_module, module))
+
+
 def _entry_point_sources() -> Iterator[Source]:
     for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
         yield Source(entry.name, entry.dist.name if entry.dist else "", entry.load)
@@ -222,7 +229,7 @@ def _broken(source: Source, error: BaseException) -> Broken:
 def _checked(backend: object, hook: str) -> Backend:
     if not isinstance(backend, Backend):
         raise PluginError(f"{hook} returned {backend!r}, which is no rlbridge.Backend")
-    for target in filter(None, (backend.load, backend.options)):
+    for target in filter(None, (backend.load, backend.options, backend.requirements)):
         if not is_target(target):
             raise PluginError(f"{hook}: {target!r} of the backend {backend.name!r} is not of the form module:attribute")
     return backend

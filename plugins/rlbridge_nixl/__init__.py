@@ -17,6 +17,7 @@ def rlbridge_transports() -> Sequence[Backend]:
             options="rlbridge_nixl.options:NixlOptions",
             summary="NIXL between the arenas, one-sided: RDMA, shared memory (CMA) or TCP",
             extra="nixl",
+            requirements="rlbridge_conformance.ours:NixlRequirements",
             requires=("torch", "nixl"),
             capabilities=frozenset(
                 {

@@ -48,7 +48,9 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
         raise TransportError(
             f"NIXL cannot start its UCX backend: {type(error).__name__}: {error}",
             wire=wire,
-            todo="transport.wire=any lets UCX pick; transport.backend=object_store needs no NIXL",
+            net_devices=net_devices or None,
+            todo="is the interface of transport.net_devices there, and up? transport.wire=any lets UCX pick;"
+            " transport.backend=object_store needs no NIXL",
         ) from error
 
 

@@ -100,10 +100,10 @@ class NixlTransport(Transport[NixlOptions]):
             return self._run(version, slot, deadline)
         return self._await_notes(version, deadline)
 
-    def settled(self) -> bool:
+    def settled(self, peers_closed: bool) -> bool:
         if not self._acts:
             self._collect_notes()
-            return self._awaited is None or not self._missing(self._awaited)
+            return peers_closed or self._awaited is None or not self._missing(self._awaited)
         return not any(self._in_flight(t) for transfers in self._transfers.values() for t in transfers)
 
     def evidence(self) -> WireEvidence:

@@ -17,6 +17,7 @@ def rlbridge_transports() -> Sequence[Backend]:
             options="rlbridge_ray.options:RdtOptions",
             summary="Ray Direct Transport: NIXL, gloo, NCCL or CUDA IPC between Ray actors",
             extra="rdt",
+            requirements="rlbridge_conformance.ours:RdtRequirements",
             requires=("torch", "ray"),
             capabilities=frozenset(
                 {Capability.CROSS_HOST, Capability.CUDA, Capability.RDMA, Capability.NEEDS_RAY_ACTORS, Capability.ABORTABLE}

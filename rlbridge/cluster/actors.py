@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 
@@ -20,6 +20,8 @@ from rlbridge.sync.publisher import Publisher
 
 class TrainerActor:
     """One trainer rank. Calls run one after the other, so a version is published between two steps, never within one."""
+
+    publisher: ClassVar[type[Publisher]] = Publisher
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
@@ -41,7 +43,7 @@ class TrainerActor:
             trainer = registry().load("trainer", self._backend)()
             trainer.setup(told, registry().options_model("trainer", self._backend).model_validate(told.options))
             self._trainer = trainer
-            self._publisher = Publisher(f"trainer[{told.rank}]", trainer.weights(), told.device)
+            self._publisher = self.publisher(f"trainer[{told.rank}]", trainer.weights(), told.device)
             return Nothing()
 
         return answer(run)
@@ -97,6 +99,8 @@ class TrainerActor:
 class GeneratorActor:
     """One engine. Syncing has threads of its own, so bytes arrive while the engine generates."""
 
+    engine: ClassVar[type[Engine]] = Engine
+
     def __init__(self, backend: str) -> None:
         self._backend = backend
         self._engine: Engine | None = None
@@ -108,7 +112,7 @@ class GeneratorActor:
             told = decode(context, GeneratorContext)
             generator: Generator[Any] = registry().load("generator", self._backend)()
             generator.setup(told, registry().options_model("generator", self._backend).model_validate(told.options))
-            self._engine = Engine(f"generator[{told.engine}]", generator)
+            self._engine = self.engine(f"generator[{told.engine}]", generator)
             return Nothing()
 
         return answer(run)

@@ -28,7 +28,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data = _read(path)
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     # `sampling:` with nothing below it is null in YAML, and means the defaults.
     data = {key: value for key, value in data.items() if value is not None}
     try:
@@ -53,7 +53,12 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set what the dotted `override` ("section.key=value", the value in YAML) names.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
     key, equals, text = override.partition("=")
     path = key.split(".")
     if not equals or not all(path):

@@ -130,8 +130,12 @@ class Transport(ABC, Generic[O]):
             PeerLostError: a peer is gone.
         """
 
-    def settled(self) -> bool:
-        """Whether no transfer of this end can still write into its blocks."""
+    def settled(self, peers_closed: bool) -> bool:
+        """Whether nothing can still write into this end's blocks.
+
+        `peers_closed`: every peer has closed its end of the epoch, or is gone. Where the peers act, that settles it; where
+        this end does, only the end of its own transfers, however late an answer may come.
+        """
         return True
 
     @abstractmethod

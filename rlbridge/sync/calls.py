@@ -10,9 +10,6 @@ from typing import Any, Protocol
 from rlbridge.errors import DeadlineError, DigestError, PeerLostError, RlbridgeError
 from rlbridge.sync.messages import result
 
-LATE_SECONDS = 5.0
-"""A rank gives up at the deadline and says why; only if it is silent for so much longer, the driver says that it is."""
-
 GRACE_SECONDS = 0.5
 """After one party has failed the others get so long to fail too: one of them may know the reason."""
 
@@ -70,13 +67,14 @@ def gather(
     if errors:
         raise _worst(errors)
     if waiting:
+        limited_by = "cluster.start_seconds" if version is None else "sync.deadline_seconds"  # without a version: an attach
         late = [parties[index].name for index in waiting.values()]
         raise DeadlineError(
             f"{', '.join(late)} did not answer in time",
             peer=late[0],
             version=version,
             phase=phase,
-            todo="is its process stopped or overloaded? the limit is sync.deadline_seconds",
+            todo=f"is its process stopped or overloaded? the limit is {limited_by}",
         )
     return replies
 

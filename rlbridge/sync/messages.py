@@ -14,7 +14,7 @@ import msgspec
 
 from rlbridge.errors import RlbridgeError, WireError, from_wire, to_wire
 from rlbridge.roles.transport import Copy, WireEvidence
-from rlbridge.weights.layout import Layout, TensorMeta
+from rlbridge.weights.layout import Layout, Region, TensorMeta
 from rlbridge.weights.plan import SinkShare, SourceShare
 
 T = TypeVar("T")
@@ -183,6 +183,28 @@ class State(msgspec.Struct, frozen=True):
 
     state: str
     version: int
+
+
+class Read(msgspec.Struct, frozen=True):
+    """Show `count` of the boxes that this rank serves, from the one numbered `first`. For tests: a whole model is much."""
+
+    first: int
+    count: int
+
+
+class Box(msgspec.Struct, frozen=True):
+    """A box of a checkpoint tensor as it is served: its bytes in row-major order."""
+
+    region: Region
+    dtype: str
+    raw: bytes
+
+
+class Held(msgspec.Struct, frozen=True):
+    """Some of the `total` boxes that a rank serves."""
+
+    total: int
+    boxes: list[Box]
 
 
 class Ok(msgspec.Struct, frozen=True, tag="ok"):

@@ -17,7 +17,7 @@ import msgspec
 from rlbridge.errors import LeaseError, StaleVersionError, SyncError
 from rlbridge.plugins import registry
 from rlbridge.roles.transport import Copy, Transport, WireEvidence
-from rlbridge.sync.calls import GRACE_SECONDS, LATE_SECONDS, Party, gather
+from rlbridge.sync.calls import GRACE_SECONDS, Party, gather
 from rlbridge.sync.epoch import token
 from rlbridge.sync.messages import (
     Acknowledge,
@@ -52,13 +52,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How a session syncs; see the `sync` section of the config for the words."""
+    """How a session syncs; see the `sync` section of the config for the words.
+
+    A rank gives up at the deadline and says why; only if it is silent for `late_seconds` more, the driver says that it is.
+    """
 
     publish: Literal["snapshot", "barrier"] = "snapshot"
     cast: Literal["generator", "refuse"] = "generator"
     deadline_seconds: float = 60.0
     lease_seconds: float = 120.0
     setup_seconds: float = 300.0
+    late_seconds: float = 5.0
 
 
 @dataclass
@@ -217,7 +221,7 @@ class SyncSession:
             # And no engine is left alone with it because another one has failed.
             installed = self._all(
                 self.engines, "update", Wait(version, seconds, self._token()), Installed, "install",
-                time.monotonic() + seconds + LATE_SECONDS, version, grace=None,
+                time.monotonic() + seconds + self.options.late_seconds, version, grace=None,
             )  # fmt: skip
         self._flight = None
         flight.phases |= {
@@ -241,7 +245,7 @@ class SyncSession:
         try:
             futures = {t.call("close", pack(Nothing())): t.name for t in self.trainers}
             futures |= {e.call("close", _each([Nothing()])): e.name for e in self.engines}
-            done, late = wait(futures, timeout=LATE_SECONDS)
+            done, late = wait(futures, timeout=self.options.late_seconds)
             for future in [*done, *late]:
                 if future in late or future.exception() is not None:
                     _log.info("%s did not answer when the session was closed", futures[future])
@@ -256,7 +260,7 @@ class SyncSession:
             received = self._move(flight)
             epoch, limit = self._token(), flight.limit
             asked = Wait(version, max(limit - time.monotonic(), 0.0), epoch)
-            hashed = self._all(self.trainers, "digests", asked, Digests, "verify", limit + LATE_SECONDS, version)
+            hashed = self._all(self.trainers, "digests", asked, Digests, "verify", limit + self.options.late_seconds, version)
             verify = Verify(version, [d[0].joined for d in hashed], epoch)
             verified = self._all(self.engines, "verify", [verify], Timed, "verify", limit, version)
             # What has arrived whole no longer needs the trainer's copy, whatever becomes of the install.
@@ -370,7 +374,7 @@ class SyncSession:
         futures = [party.call("send", pack(Send(version, slot, seconds, epoch))) for party in self.trainers]
         futures += [engine.call("wait_pull", _each([Wait(version, seconds, epoch)])) for engine in self.engines]
         kinds = [Sent] * len(self.trainers) + [Pulled] * len(self.engines)
-        replies = gather([*self.trainers, *self.engines], futures, kinds, "wire", flight.limit + LATE_SECONDS, version)
+        replies = gather([*self.trainers, *self.engines], futures, kinds, "wire", flight.limit + self.options.late_seconds, version)
         known = [r.evidence for ranks in replies for r in ranks if r.evidence is not None]
         flight.evidence = [evidence for evidence in known if evidence.wire]
         return [pulled for ranks in replies[len(self.trainers) :] for pulled in ranks]

@@ -20,14 +20,17 @@ from rlbridge.roles.sink import WeightSink
 from rlbridge.roles.transport import Transport
 from rlbridge.sync.epoch import Epoch
 from rlbridge.sync.messages import (
+    Box,
     Connect,
     Described,
     Digests,
+    Held,
     Nothing,
     Opened,
     OpenSink,
     Pull,
     Pulled,
+    Read,
     Record,
     State,
     Timed,
@@ -91,7 +94,7 @@ class _Grave:
     def at_rest(self) -> bool:
         if self.receipt is not None and self.receipt.running:
             return False
-        return self.peers_closed or self.transport.settled()
+        return self.transport.settled(self.peers_closed)
 
 
 class Subscriber:
@@ -154,6 +157,8 @@ class Subscriber:
                     return State(self.state, self.version)
                 case "live_digests":
                     return Digests(b"".join(digests(self._sink.live())), 0.0)
+                case "read":
+                    return self._read(unpack(payload, Read))
                 case "scramble":
                     return self._scramble()
                 case "close":
@@ -317,6 +322,12 @@ class Subscriber:
         self._sink.scramble()
         return Nothing()
 
+    def _read(self, message: Read) -> Held:
+        parts, live = self._opened().parts, self._sink.live()
+        some = slice(message.first, message.first + message.count)
+        boxes = [Box(p.region, str(t.dtype).removeprefix("torch."), _raw(t)) for p, t in zip(parts[some], live[some], strict=True)]
+        return Held(len(parts), boxes)
+
     def _compare(self, expected: list[bytes], found: list[bytes], version: int, phase: str, place: str) -> None:
         if expected == found:
             return
@@ -343,3 +354,7 @@ class Subscriber:
         if self._transport is None:
             raise SyncError("no epoch is open", role="generator", rank=self.name)
         return self._transport
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())

@@ -176,10 +176,9 @@ def test_a_late_write_never_meets_the_arena_of_the_next_epoch(make_stage: Make) 
     ],
 )
 def test_every_wait_for_a_stopped_party_ends_and_names_it(
-    make_stage: Make, monkeypatch: pytest.MonkeyPatch, who: str, step: str, phase: str
+    make_stage: Make, who: str, step: str, phase: str
 ) -> None:
-    monkeypatch.setattr("rlbridge.sync.session.LATE_SECONDS", 0.5)
-    stage = make_stage(2, transport={"wire": "tcp"}, deadline_seconds=1.0, setup_seconds=30.0)
+    stage = make_stage(2, transport={"wire": "tcp"}, deadline_seconds=1.0, setup_seconds=30.0, late_seconds=0.5)
     stage.sync(1)
     party = next(p for p in (*stage.trainers, *stage.engines) if p.name == who)
     session = stage.session

@@ -157,9 +157,8 @@ def test_closing_a_session_gives_the_arenas_back(make_stage: Make) -> None:
     assert stage.serve(2)
 
 
-def test_closing_a_session_does_not_wait_for_ever(make_stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlbridge.sync.session.LATE_SECONDS", 0.3)
-    stage = make_stage(2)
+def test_closing_a_session_does_not_wait_for_ever(make_stage: Make) -> None:
+    stage = make_stage(2, late_seconds=0.3)
     stage.sync(1)
     with stopped(stage.trainers[0]):
         stage.trainers[1].signal(signal.SIGKILL)

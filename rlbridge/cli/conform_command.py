@@ -1,0 +1,196 @@
+"""`rlbridge conform`: backends held to their contracts by the conformance suite, which runs in a pytest of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from rlbridge.errors import ConfigError, PluginError, RlbridgeError
+from rlbridge.importing import import_target, install_hint, missing_module
+from rlbridge.plugins import MODULES_VARIABLE
+
+_SUITE = "rlbridge_conformance"  # looked up by name, as backends are: the core imports it nowhere
+_NEEDED = ("pytest", "pytest_timeout", "jinja2", _SUITE)
+_FILES = ("result.json", "report.html", "junit.xml")
+_REFERENCE = "reference"  # the suite's own backend of each role
+_END_SECONDS = 15.0
+_BROKE = 2
+_USAGE = 4  # pytest's own code; it has said what is wrong
+_NO_CHECKS = 5
+
+_Several = Annotated[Sequence[str], Parameter(negative="", show_default=False)]
+
+
+class SuiteBrokeError(RlbridgeError):
+    """The suite ended without a result."""
+
+    exit_code = _BROKE
+
+
+def conform(
+    *overrides: str,
+    trainer: str | None = None,
+    generator: str | None = None,
+    transport: str | None = None,
+    level: str | None = None,
+    report: Path = Path("conformance-report"),
+    requirements: _Several = (),
+    plugin: _Several = (),
+    only: Annotated[str | None, Parameter(name="-k")] = None,
+    list_: Annotated[bool, Parameter(name="--list", negative="", show_default=False)] = False,
+    self_test: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    matrix: Path | None = None,
+) -> int:
+    """Hold backends to their contracts, and say whether they conform.
+
+    Name one role or more; the suite supplies the others. Exit code: 0 conformant, 1 not, 2 the suite broke, 3 incomplete,
+    since this machine lacks something that is claimed.
+
+    Parameters
+    ----------
+    overrides
+        Options of the named backends, for example transport.wire=tcp.
+    trainer
+        The trainer backend.
+    generator
+        The generator backend.
+    transport
+        The transport backend.
+    level
+        Up to which level: contract, sync, rdma, faults, speed. Default: sync; with --self-test: faults.
+    report
+        The directory of report.html, result.json and junit.xml.
+    requirements
+        A class that says what a backend claims, as module:Class. May be repeated.
+    plugin
+        A module that brings backends, besides those that are installed. May be repeated.
+    only
+        An expression of pytest's -k: only the checks whose names fit. With --self-test: a part of the names of broken backends.
+    list_
+        List the checks that would be run, by level, and run none.
+    self_test
+        Run the suite on backends that are broken on purpose: it has to fail every one.
+    matrix
+        With --self-test: run whole levels, and write which check failed what to this file.
+    """
+    _installed()
+    if level is not None and level not in (levels := _of_suite("checks:LEVELS")):
+        raise ConfigError(f"there is no level {level!r}", todo=f"levels: {', '.join(levels)}")
+    env = _environment(plugin)
+    if self_test:
+        given = [*_option("--level", level), *_option("-k", only), *_option("--matrix", matrix)]
+        code = _run([f"{_SUITE}.self_test", *given], env)
+        return code if code in (0, 1) else _BROKE
+    if matrix is not None:
+        raise ConfigError("--matrix belongs to --self-test", todo="rlbridge conform --self-test --matrix FILE")
+    names = {"trainer": trainer, "generator": generator, "transport": transport}
+    if list_ and not any(names.values()):
+        names, level = dict.fromkeys(names, _REFERENCE), level or "speed"
+    if not any(names.values()):
+        raise ConfigError(
+            "which backend is to be held to its contract?",
+            todo="rlbridge conform --transport NAME, or --trainer, or --generator; rlbridge plugins lists those there are",
+        )
+    asked = [f"--rlbridge-{role}={name}" for role, name in names.items() if name]
+    asked += [f"--rlbridge-set={text}" for text in overrides]
+    asked += [f"--rlbridge-requirements={target}" for target in requirements]
+    asked += [*_option("--rlbridge-level", level), *_option("-k", only)]
+    if list_:
+        return _BROKE if _run([f"{_SUITE}.listing", *asked], env) else 0
+    console = Console(highlight=False)
+    console.print(" > ".join(names[role] or _REFERENCE for role in ("trainer", "transport", "generator")), style="bold")
+    return _tried(asked, report, env, only)
+
+
+def _installed() -> None:
+    """Refuse to go on without what the suite is made of."""
+    for module in _NEEDED:
+        if absent := missing_module(module):
+            raise PluginError(
+                f"the conformance suite is not installed: no module named {absent!r}", todo=install_hint("conform")
+            )
+
+
+def _environment(plugins: Sequence[str]) -> dict[str, str]:
+    """The variables of the suite's process. It and its children can import what lies where the user stands."""
+    paths = [str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    modules = [*os.environ.get(MODULES_VARIABLE, "").split(","), *plugins]
+    return {
+        **os.environ,
+        "PYTEST_ADDOPTS": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        MODULES_VARIABLE: ",".join(filter(None, modules)),
+    }
+
+
+def _option(name: str, value: str | Path | None) -> list[str]:
+    return [] if value is None else [name, str(value)]
+
+
+def _tried(asked: Sequence[str], report: Path, env: Mapping[str, str], only: str | None) -> int:
+    """Run the suite, and give the exit code of its verdict."""
+    for name in _FILES:
+        (report / name).unlink(missing_ok=True)  # so that none is taken for one of this run
+    settings = Path(_of_suite("checks:__file__")).with_name("pytest.ini")
+    quiet = ["-qq", "-rN", "--disable-warnings"]
+    files = [f"--rlbridge-report={report}", f"--junitxml={report / 'junit.xml'}"]
+    # Nothing but the suite's own plugins: others reorder tests, retry them, or run them at once.
+    env = {**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    own = ["-c", str(settings), "-p", "rlbridge", "-p", "timeout"]
+    code = _run(["pytest", *own, "--pyargs", _SUITE, *quiet, *files, *asked], env)
+    if (report / "junit.xml").is_file():
+        _of_suite("report.junit:redact_junit")(report / "junit.xml")
+    if code == _USAGE:
+        return _BROKE
+    if not (report / "result.json").is_file():
+        if code == _NO_CHECKS and only:
+            raise ConfigError(f"no check fits -k {only!r}", todo="rlbridge conform --list shows their names")
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        raise SuiteBrokeError(f"the suite broke: pytest {how}, and left no result")
+    result = _of_suite("report:read_result")(report)
+    sys.stdout.write("\n".join(_of_suite("report.terminal:closing_lines")(result, report)) + "\n")
+    verdict: int = _of_suite("report:exit_code")(result.verdict)
+    return verdict
+
+
+def _of_suite(target: str) -> Any:
+    return import_target(f"{_SUITE}.{target}", "the conformance suite")
+
+
+def _run(module: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a module with its arguments to its end; should this process be ended before, so are that one and its children."""
+    sys.stdout.flush()
+    # A group of its own: an interrupt reaches it once, from here, and its children can be ended with it.
+    process = subprocess.Popen([sys.executable, "-m", *module], env=dict(env), start_new_session=True)
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _exit(number: int, _frame: FrameType | None) -> Any:
+    sys.exit(128 + number)
