@@ -91,12 +91,13 @@ class _Entry:
 
 @functools.cache
 def registry() -> Registry:
-    """The process's one registry: built-in plugins, the modules that `RLBRIDGE_PLUGINS` names, the entry-point group `rlbridge`.
+    """The process's one registry: built-in plugins, those that `RLBRIDGE_PLUGINS` names, the entry-point group `rlbridge`.
 
     Raises:
         PluginError: a plugin is broken, and `RLBRIDGE_STRICT_PLUGINS` is 1.
     """
-    return Registry([*_built_in_sources(), *_named_sources(), *_entry_point_sources()], strict=os.environ.get(STRICT_VARIABLE) == "1")
+    sources = [*_built_in_sources(), *_named_sources(), *_entry_point_sources()]
+    return Registry(sources, strict=os.environ.get(STRICT_VARIABLE) == "1")
 
 
 class Registry:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlbridge import Backend, Capability, hookimpl, hookspecs
+from rlbridge import Backend, Capability, hookimpl, hookspecs, plugins
 from rlbridge.errors import PluginError
 from rlbridge.importing import install_hint, missing_module
 from rlbridge.plugins import Registry, Source
@@ -120,6 +120,14 @@ def test_plugin_with_a_bad_hook_is_dropped_whole(bad: object, reason: str) -> No
     assert [row.name for row in registry.listing()] == ["good"]
     assert reason in registry.broken[0].reason
     assert [name for name, _ in registry.manager.list_name_plugin()] == ["good"]
+
+
+def test_modules_that_a_variable_names_are_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "a_plugin", plugin(backend()))
+    monkeypatch.setenv("RLBRIDGE_PLUGINS", "a_plugin, no_such_plugin")
+    found = plugins.registry.__wrapped__()
+    assert found.backend("trainer", "acme") == backend()
+    assert [broken.name for broken in found.broken] == ["no_such_plugin"]
 
 
 def test_second_plugin_of_one_name_is_broken_and_the_first_stays() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from rlbridge.errors import LeaseError, StaleVersionError, SyncError
+from rlbridge.errors import LeaseError, StaleVersionError, SyncError, TransportError
 from rlbridge.plugins import registry
 from rlbridge.roles.transport import Copy, Transport, WireEvidence
 from rlbridge.sync.calls import GRACE_SECONDS, Party, gather
@@ -115,7 +115,7 @@ class SyncSession:
 
         Raises:
             LayoutError: what the trainers publish is not what the engines need.
-            TransportError: the transport cannot be set up.
+            TransportError: the transport cannot be set up, or does not reach every rank of an engine.
             DeadlineError: a party did not answer; it is named.
         """
         self._plan = self._flight = None
@@ -129,6 +129,7 @@ class SyncSession:
             [d.layout for d in described], [d.layout for ranks in recorded for d in ranks], cast=self.options.cast
         )
         self._ranks = [[d.name for d in ranks] for ranks in recorded]
+        self._check_ranks()
         clock.lap("plan")
         report = self._open(plan, [d.name for d in described], limit, clock)
         self._plan, self.attached = plan, report
@@ -293,6 +294,16 @@ class SyncSession:
     def _token(self) -> str:
         return token(self._session, self.epoch)
 
+    def _check_ranks(self) -> None:
+        for engine, names in zip(self.engines, self._ranks, strict=True):
+            if self._class.moves_ray_objects and len(names) > 1:
+                raise TransportError(
+                    f"the transport {self._spec.backend!r} lets Ray move the tensors, and reaches engines of one rank only:"
+                    f" {engine.name} has {len(names)}",
+                    phase="plan",
+                    todo="take a transport that moves the bytes itself, for example nixl, or an engine of one rank",
+                )
+
     def _open(self, plan: Plan, sources: list[str], limit: float, clock: _Clock) -> AttachReport:
         sinks = self._sinks()
         lease = self.options.lease_seconds
@@ -374,7 +385,8 @@ class SyncSession:
         futures = [party.call("send", pack(Send(version, slot, seconds, epoch))) for party in self.trainers]
         futures += [engine.call("wait_pull", _each([Wait(version, seconds, epoch)])) for engine in self.engines]
         kinds = [Sent] * len(self.trainers) + [Pulled] * len(self.engines)
-        replies = gather([*self.trainers, *self.engines], futures, kinds, "wire", flight.limit + self.options.late_seconds, version)
+        limit = flight.limit + self.options.late_seconds
+        replies = gather([*self.trainers, *self.engines], futures, kinds, "wire", limit, version)
         known = [r.evidence for ranks in replies for r in ranks if r.evidence is not None]
         flight.evidence = [evidence for evidence in known if evidence.wire]
         return [pulled for ranks in replies[len(self.trainers) :] for pulled in ranks]

@@ -325,8 +325,8 @@ class Subscriber:
     def _read(self, message: Read) -> Held:
         parts, live = self._opened().parts, self._sink.live()
         some = slice(message.first, message.first + message.count)
-        boxes = [Box(p.region, str(t.dtype).removeprefix("torch."), _raw(t)) for p, t in zip(parts[some], live[some], strict=True)]
-        return Held(len(parts), boxes)
+        shown = zip(parts[some], live[some], strict=True)
+        return Held(len(parts), [Box(p.region, str(t.dtype).removeprefix("torch."), _raw(t)) for p, t in shown])
 
     def _compare(self, expected: list[bytes], found: list[bytes], version: int, phase: str, place: str) -> None:
         if expected == found:

@@ -154,9 +154,9 @@ def test_a_late_write_never_meets_the_arena_of_the_next_epoch(make_stage: Make) 
         stage.session.replace(stage.trainers[1])  # against the rules: the old process is not dead
         stage.load(3)
         stage.session.publish(3)
-        assert engine.do("apply", graves) == 1
+        stage.session.pull(3)
+        assert engine.do("apply", graves) == 1  # an answer that comes too late would find nobody, and end the process
     time.sleep(0.5)  # the late bytes land now
-    stage.session.pull(3)
     stage.session.install(3)
     assert stage.serve(3)
     stage.sync(4)
@@ -175,9 +175,7 @@ def test_a_late_write_never_meets_the_arena_of_the_next_epoch(make_stage: Make) 
         ("generator[0]", "install", "install"),
     ],
 )
-def test_every_wait_for_a_stopped_party_ends_and_names_it(
-    make_stage: Make, who: str, step: str, phase: str
-) -> None:
+def test_every_wait_for_a_stopped_party_ends_and_names_it(make_stage: Make, who: str, step: str, phase: str) -> None:
     stage = make_stage(2, transport={"wire": "tcp"}, deadline_seconds=1.0, setup_seconds=30.0, late_seconds=0.5)
     stage.sync(1)
     party = next(p for p in (*stage.trainers, *stage.engines) if p.name == who)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlbridge.errors import DigestError, QuarantineError, StaleVersionError, SyncError
-from rlbridge.sync.messages import Nothing, Pull, Pulled, State, Timed, Verify, Wait
-from rlbridge_conformance.toy import ToyEngine, ToySource
+from rlbridge.sync.messages import Held, Nothing, Pull, Pulled, Read, State, Timed, Verify, Wait
+from rlbridge_conformance.toy import SHAPES, ToyEngine, ToySource, weights
 from tests.sync.stage import MIB_ROWS, Stage, ask, eventually, stopped
 
 Make = Callable[..., Stage]
@@ -135,6 +135,21 @@ def test_calls_of_an_epoch_that_is_over_are_refused(make_stage: Make) -> None:
         with pytest.raises(SyncError, match="too late"):
             ask(engine, method, message, Nothing)
     assert stage.serve(1)
+
+
+def test_what_is_served_can_be_read_box_by_box(make_stage: Make) -> None:
+    stage = make_stage(2)
+    stage.sync(1)
+    first = ask(stage.engines[0], "read", Read(0, 3), Held)
+    rest = ask(stage.engines[0], "read", Read(3, 1000), Held)
+    boxes = [*first.boxes, *rest.boxes]
+    assert (len(first.boxes), first.total) == (3, len(boxes))
+    for box in boxes:
+        cut = tuple(slice(o, o + n) for o, n in zip(box.region.offset, box.region.shape, strict=True))
+        assert torch.equal(
+            torch.frombuffer(bytearray(box.raw), dtype=torch.float32), weights(1)[box.region.tensor][cut].flatten()
+        )
+    assert {box.region.tensor for box in boxes} == {name for name, shape in SHAPES.items() if 0 not in shape}
 
 
 def test_an_unknown_call_is_refused(make_stage: Make) -> None:
