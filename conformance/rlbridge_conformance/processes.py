@@ -1,4 +1,4 @@
-"""Publishers and engines in plain forked processes: the sync without Ray, for faults on real processes."""
+"""Publishers and engines in plain processes: the sync without Ray, for faults on real processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import queue
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 from rlbridge.errors import PeerLostError
 
-_fork = multiprocessing.get_context("fork")
 _Call = tuple[int, str, tuple[Any, ...], dict[str, Any]]
 
 
@@ -29,13 +28,17 @@ class ProcessParty:
         name: The party's name in the session.
         build: Called in the child. Returns an object whose `handle(method, payload)` returns one reply or a list of them; its
             other methods can be called with `do`.
+        method: How the process comes to be. A "fork" has what this process has imported, and its threads' locks as they are;
+            a child of the "forkserver" (see `preload`) has a clean state, and can be had while Ray runs here.
     """
 
-    def __init__(self, name: str, build: Callable[[], Any]) -> None:
+    def __init__(self, name: str, build: Callable[[], Any], method: Literal["fork", "forkserver"] = "fork") -> None:
         self.name = name
-        ours, theirs = _fork.Pipe()
+        context: Any = multiprocessing.get_context(method)
+        ours, theirs = context.Pipe()
         self._connection: Connection = ours
-        self._process = _fork.Process(target=_serve, args=(build, ours, theirs), name=name, daemon=True)
+        parents = ours if method == "fork" else None  # the forkserver's children never had it
+        self._process = context.Process(target=_serve, args=(build, parents, theirs), name=name)
         self._process.start()
         _parties.add(self)
         theirs.close()
@@ -50,8 +53,7 @@ class ProcessParty:
     @property
     def pid(self) -> int:
         """The child's process id."""
-        assert self._process.pid is not None
-        return self._process.pid
+        return int(self._process.pid)
 
     @property
     def actor(self) -> Any:
@@ -130,15 +132,21 @@ _parties: weakref.WeakSet[ProcessParty] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """Multiprocessing's own end of daemons waits for ever for a stopped one."""
+    """Multiprocessing's own end of children waits for ever for a stopped one."""
     for party in list(_parties):
         with contextlib.suppress(OSError, ValueError):
             party.stop()
 
 
-def _serve(build: Callable[[], Any], parents: Connection, connection: Connection) -> None:
+def preload(modules: Sequence[str]) -> None:
+    """What every child of the forkserver finds imported. Call it before the first of them."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+
+
+def _serve(build: Callable[[], Any], parents: Connection | None, connection: Connection) -> None:
     """The child: answers calls on threads of its own, as an actor with several threads does."""
-    parents.close()  # so that the end of the parent is the end of the pipe
+    if parents is not None:
+        parents.close()  # so that the end of the parent is the end of the pipe
     target = build()
     lock = threading.Lock()
 

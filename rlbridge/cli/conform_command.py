@@ -43,6 +43,7 @@ def conform(
     generator: str | None = None,
     transport: str | None = None,
     level: str | None = None,
+    first: Annotated[str | None, Parameter(name="--from")] = None,
     report: Path = Path("conformance-report"),
     requirements: _Several = (),
     plugin: _Several = (),
@@ -68,6 +69,8 @@ def conform(
         The transport backend.
     level
         Up to which level: contract, sync, rdma, faults, speed. Default: sync; with --self-test: faults.
+    first
+        From which level on. Default: contract.
     report
         The directory of report.html, result.json and junit.xml.
     requirements
@@ -84,8 +87,10 @@ def conform(
         With --self-test: run whole levels, and write which check failed what to this file.
     """
     _installed()
-    if level is not None and level not in (levels := _of_suite("checks:LEVELS")):
-        raise ConfigError(f"there is no level {level!r}", todo=f"levels: {', '.join(levels)}")
+    levels = _of_suite("checks:LEVELS")
+    for named in filter(None, (first, level)):
+        if named not in levels:
+            raise ConfigError(f"there is no level {named!r}", todo=f"levels: {', '.join(levels)}")
     env = _environment(plugin)
     if self_test:
         given = [*_option("--level", level), *_option("-k", only), *_option("--matrix", matrix)]
@@ -104,7 +109,7 @@ def conform(
     asked = [f"--rlbridge-{role}={name}" for role, name in names.items() if name]
     asked += [f"--rlbridge-set={text}" for text in overrides]
     asked += [f"--rlbridge-requirements={target}" for target in requirements]
-    asked += [*_option("--rlbridge-level", level), *_option("-k", only)]
+    asked += [*_option("--rlbridge-from", first), *_option("--rlbridge-level", level), *_option("-k", only)]
     if list_:
         return _BROKE if _run([f"{_SUITE}.listing", *asked], env) else 0
     console = Console(highlight=False)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from rlbridge.errors import LeaseError, StaleVersionError, SyncError, TransportError
+from rlbridge.errors import LayoutError, LeaseError, StaleVersionError, SyncError, TransportError
 from rlbridge.plugins import registry
 from rlbridge.roles.transport import Copy, Transport, WireEvidence
 from rlbridge.sync.calls import GRACE_SECONDS, Party, gather
@@ -295,6 +295,12 @@ class SyncSession:
         return token(self._session, self.epoch)
 
     def _check_ranks(self) -> None:
+        if len(set(self._sinks())) != len(self._sinks()):
+            raise LayoutError(
+                f"two engine ranks have one name: {sorted(self._sinks())}",
+                phase="plan",
+                todo='a rank is named after its engine and its number: "generator[0].rank[1]"',
+            )
         for engine, names in zip(self.engines, self._ranks, strict=True):
             if self._class.moves_ray_objects and len(names) > 1:
                 raise TransportError(

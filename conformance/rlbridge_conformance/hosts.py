@@ -1,0 +1,78 @@
+"""What runs in a process of a stage: a run's own actor of a trainer rank or an engine, and a way to reach into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+import torch
+
+from rlbridge.cluster.actors import GeneratorActor, TrainerActor
+from rlbridge.importing import import_target
+from rlbridge.plugins import registry
+from rlbridge.roles.trainer import Trainer
+from rlbridge.sync.engine import Engine
+from rlbridge.sync.publisher import Publisher
+
+
+class TrainerHost(TrainerActor):
+    """A trainer rank; see `rlbridge.cluster.actors`. `protocol` may name another Publisher class as "module:Class"."""
+
+    def __init__(self, backend: str, protocol: str = "") -> None:
+        super().__init__(backend)
+        if protocol:
+            self.publisher = import_target(protocol, "the publisher")  # type: ignore[misc]
+
+    def handle(self, method: str, payload: bytes) -> list[bytes]:
+        """`call`, as a `ProcessParty` knows it."""
+        return self.call(method, payload)
+
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function` returns of this object, in this process."""
+        return function(self, *args)
+
+    @property
+    def trainer(self) -> Trainer[Any]:
+        """The backend under test."""
+        return self._training()
+
+    @property
+    def published(self) -> Publisher:
+        """Its publisher."""
+        return self._publishing()
+
+
+class GeneratorHost(GeneratorActor):
+    """An engine; see `rlbridge.cluster.actors`. `protocol` may name another Engine class as "module:Class"."""
+
+    def __init__(self, backend: str, protocol: str = "") -> None:
+        super().__init__(backend)
+        if protocol:
+            self.engine = import_target(protocol, "the engine")  # type: ignore[misc]
+
+    def handle(self, method: str, payload: bytes) -> list[bytes]:
+        """`call`, as a `ProcessParty` knows it."""
+        found: list[bytes] = self.call(method, payload, [])
+        return found
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function` returns of this object, in this process, also while it generates."""
+        return function(self, *args)
+
+    @property
+    def serving(self) -> Engine:
+        """The guarded engine; its `generator` is the backend under test."""
+        return self._serving()
+
+
+def host(kind: type[Any], backend: str, protocol: str, env: Mapping[str, str], prepare: Callable[[], None] | None) -> Any:
+    """Build a host in a plain process: its variables first, and what `prepare` does to the process before any thread starts."""
+    os.environ.update(env)
+    registry.cache_clear()
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    return kind(backend, protocol)

@@ -1,0 +1,28 @@
+"""What rlbridge's own transports claim beyond their capabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlbridge_conformance.requirements import TransportRequirements
+
+
+class NixlRequirements(TransportRequirements):
+    """The transport `nixl`."""
+
+    def over_network(self, interface: str) -> Mapping[str, Any]:
+        """TCP, and nothing that two processes of one host share."""
+        return {"wire": "tcp", "net_devices": interface}
+
+    def over_rdma(self) -> Mapping[str, Any]:
+        """RDMA or an error."""
+        return {"wire": "rdma"}
+
+    def registrations(self, transport: Any) -> int | None:
+        """NIXL's metadata of an agent lists what it has registered: its bytes count it."""
+        return len(transport._agent.get_agent_metadata())
+
+
+class RdtRequirements(TransportRequirements):
+    """The transport `rdt`: Ray chooses the wire of `tensor_transport`, and has no option that forbids the others."""

@@ -1,0 +1,131 @@
+"""What a backend claims of the suite: documented one-line properties, one class a role.
+
+By default a property says what the backend's declared capabilities say. A plugin that has to say more derives a class, and
+names it in `Backend.requirements`, or in the ini option `rlbridge_requirements` of its own test configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rlbridge.backend import Backend, Capability
+
+
+class Requirements:
+    """The claims of one backend.
+
+    Attributes:
+        known_failures: Why a check is known to fail, by its id without the level ("every_byte_arrives[2-1]", or without the
+            brackets for all its cases). A known failure still is one in the verdict, but pytest passes; one that passes fails.
+    """
+
+    known_failures: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def declares(self, capability: Capability) -> bool:
+        """Whether the backend's plugin declares it."""
+        return capability in self.backend.capabilities
+
+    def claims(self, name: str) -> bool:
+        """The property `name`; one that does not exist is an error of whoever asks."""
+        return bool(getattr(self, name))
+
+
+class TrainerRequirements(Requirements):
+    """What a trainer claims."""
+
+    @property
+    def multi_rank(self) -> bool:
+        """It runs on more than one rank."""
+        return self.declares(Capability.MULTI_RANK)
+
+    @property
+    def live_storage(self) -> bool:
+        """Its parameters can be read in place: `sync.publish=barrier`."""
+        return self.declares(Capability.LIVE_STORAGE)
+
+    @property
+    def sharded(self) -> bool:
+        """It publishes what lies on each rank, without a gather."""
+        return self.declares(Capability.SHARDED)
+
+    @property
+    def resumable(self) -> bool:
+        """It goes on exactly from what `save_state` wrote."""
+        return True
+
+
+class GeneratorRequirements(Requirements):
+    """What a generator claims."""
+
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Options that the suite adds to the user's own, for example a small memory share."""
+
+    @property
+    def pause_keep(self) -> bool:
+        """Running requests can be held over an update, and go on with the weights of that moment."""
+        return self.declares(Capability.PAUSE_KEEP)
+
+    @property
+    def pause_abort(self) -> bool:
+        """Running requests can be ended with what they have."""
+        return self.declares(Capability.PAUSE_ABORT)
+
+    @property
+    def several_engines(self) -> bool:
+        """More than one engine fits on a machine."""
+        return True
+
+    @property
+    def ranks_are_actors(self) -> bool:
+        """Every engine rank is itself a Ray actor."""
+        return self.declares(Capability.RANKS_ARE_ACTORS)
+
+
+class TransportRequirements(Requirements):
+    """What a transport claims."""
+
+    @property
+    def one_sided(self) -> bool:
+        """Only one end acts in a transfer."""
+        return self.declares(Capability.ONE_SIDED)
+
+    @property
+    def cross_host(self) -> bool:
+        """The two ends may be on different hosts."""
+        return self.declares(Capability.CROSS_HOST)
+
+    @property
+    def rdma(self) -> bool:
+        """It uses RDMA where the hosts have it."""
+        return self.declares(Capability.RDMA)
+
+    @property
+    def abortable(self) -> bool:
+        """A transfer that ran out of time is known not to write any more."""
+        return self.declares(Capability.ABORTABLE)
+
+    @property
+    def live_storage(self) -> bool:
+        """It reads a trainer's parameters in place: `sync.publish=barrier`."""
+        return self.declares(Capability.LIVE_STORAGE)
+
+    @property
+    def plain_processes(self) -> bool:
+        """It works between processes that are no Ray actors."""
+        return not self.declares(Capability.NEEDS_RAY_ACTORS)
+
+    def over_network(self, interface: str) -> Mapping[str, Any] | None:
+        """Options that send the bytes over that interface though both ends are on one host; None if there are none."""
+        return None
+
+    def over_rdma(self) -> Mapping[str, Any] | None:
+        """Options with which it fails rather than use another wire than RDMA; None if there are none."""
+        return None
+
+    def registrations(self, transport: Any) -> int | None:
+        """Blocks of memory that an open transport (of a rank's own process) has registered; None if it cannot be known."""
+        return None
