@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
 from rlbridge.cluster.actors import GeneratorActor, TrainerActor
+from rlbridge.errors import RlbridgeError
 from rlbridge.importing import import_target
 from rlbridge.plugins import registry
 from rlbridge.roles.trainer import Trainer
 from rlbridge.sync.engine import Engine
 from rlbridge.sync.publisher import Publisher
+
+_SUITE = Path(__file__).parent
 
 
 class TrainerHost(TrainerActor):
@@ -31,7 +36,7 @@ class TrainerHost(TrainerActor):
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` returns of this object, in this process."""
-        return function(self, *args)
+        return _applied(function, self, *args)
 
     @property
     def trainer(self) -> Trainer[Any]:
@@ -60,7 +65,7 @@ class GeneratorHost(GeneratorActor):
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` returns of this object, in this process, also while it generates."""
-        return function(self, *args)
+        return _applied(function, self, *args)
 
     @property
     def serving(self) -> Engine:
@@ -76,3 +81,17 @@ def host(kind: type[Any], backend: str, protocol: str, env: Mapping[str, str], p
     if prepare is not None:
         prepare()
     return kind(backend, protocol)
+
+
+def _applied(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` returns. What a backend raises in it is an error of ours, of whatever type."""
+    try:
+        return function(*args)
+    except RlbridgeError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).is_relative_to(_SUITE):
+            raise
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        raise RlbridgeError(f"the backend raised {type(error).__name__} in {place}: {error}") from error

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from rlbridge.importing import distribution_version
 from rlbridge.plugins import registry
 from rlbridge.sync.report import SyncReport
 from rlbridge_conformance.checks import Role
 from rlbridge_conformance.report import BackendInfo, Result, Wire, look
+from rlbridge_conformance.triple import REFERENCE
 
 if TYPE_CHECKING:
     from rlbridge_conformance.run import Run
@@ -29,6 +31,15 @@ def result_of(run: Run) -> Result:
 
 def _backend(run: Run, role: Role) -> BackendInfo:
     choice = run.triple.choice(role)
+    if choice.name == REFERENCE:
+        return BackendInfo(
+            name=REFERENCE,
+            distribution="rlbridge",
+            version=distribution_version("rlbridge"),
+            options=dict(choice.options),
+            capabilities=sorted(run.triple.backend(role).capabilities),
+            reference=role not in run.triple.tested,
+        )
     row = next(row for row in registry().listing() if row.role == role and row.name == choice.name)
     return BackendInfo(
         name=choice.name,

@@ -319,7 +319,8 @@ def _words(report: pytest.TestReport, error: BaseException | None, state: State)
         return str(error), {"what": error.what, "expected": error.expected, "got": error.got}
     if isinstance(error, RlbridgeError):
         return str(error), {"what": error.what, "expected": "no error", "got": f"{type(error).__name__}: {error}"}
-    return report.longreprtext if state == "error" else f"{type(error).__name__}: {error}", {}
+    said = f"{type(error).__name__}: {error}"
+    return f"{said}\n{report.longreprtext}" if state == "error" else said, {}
 
 
 def _ray() -> contextlib.ExitStack:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import gc
 import io
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,9 @@ from rlbridge_conformance.report import Result, read_result
 _INI = Path(__file__).with_name("pytest.ini")
 _BROKEN_MODULE = "rlbridge_conformance.broken"
 _TWINS = ("--rlbridge-trainer=reference", "--rlbridge-generator=reference", "--rlbridge-transport=reference")
+
+_QUICK = ("-p", "no:unraisableexception", "-p", "no:threadexception")
+"""Each collects the garbage of a whole torch after every run."""
 
 _WITHOUT_RAY = ("--rlbridge-carrier=processes",)
 
@@ -49,7 +56,7 @@ class Outcome:
 
 def run_broken(broken: Broken, *, whole_level: bool) -> Outcome:
     """Run the check that is meant for a broken backend, or the whole of that check's level."""
-    only = [] if whole_level else ["-k", f"test_{broken.check.partition('.')[2]}"]
+    only = [] if whole_level else ["-x", "-k", f"test_{broken.check.partition('.')[2]}"]
     level = [f"--rlbridge-from={broken.level}", f"--rlbridge-level={broken.level}"]
     result = _suite([*_named(broken), *level, *([] if broken.ray else _WITHOUT_RAY), *only])
     own = [check for check in result.checks if check.level == broken.level]
@@ -71,7 +78,7 @@ def _named(broken: Broken) -> list[str]:
 def _suite(arguments: Sequence[str]) -> Result:
     """One run of the suite in this process, so that what it has imported need not be imported again."""
     with tempfile.TemporaryDirectory() as directory, _quiet() as printed:
-        always = ["-c", str(_INI), "--pyargs", "rlbridge_conformance", "-q", f"--rlbridge-report={directory}"]
+        always = ["-c", str(_INI), *_QUICK, "--pyargs", "rlbridge_conformance", "-q", f"--rlbridge-report={directory}"]
         code = pytest.main([*always, *arguments])
         file = Path(directory) / "result.json"
         if not file.exists():
@@ -102,17 +109,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", choices=LEVELS, default="faults", help="leave out the broken backends of later levels")
     parser.add_argument("--matrix", type=Path, help="run whole levels, and write what failed what to this file")
     parser.add_argument("-k", dest="only", default="", help="only the broken backends whose name holds this")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at once")
     options = parser.parse_args(arguments)
     modules = filter(None, [os.environ.get(MODULES_VARIABLE, ""), _BROKEN_MODULE])
     os.environ[MODULES_VARIABLE] = ",".join(modules)
     console = Console(highlight=False, soft_wrap=True)
     chosen = [b for b in catalogue() if LEVELS.index(b.level) <= LEVELS.index(options.level) and options.only in b.name]
     outcomes = []
-    for broken in chosen:
-        outcome = run_broken(broken, whole_level=options.matrix is not None)
-        outcomes.append(outcome)
-        word = "[green]killed[/]" if outcome.killed else "[red]SURVIVED[/]"
-        console.print(f"{word}  {broken.role:<9} {broken.name:<42} {broken.check}")
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), gc.freeze) as pool:
+        for outcome in pool.map(functools.partial(run_broken, whole_level=options.matrix is not None), chosen):
+            outcomes.append(outcome)
+            broken = outcome.broken
+            word = "[green]killed[/]" if outcome.killed else "[red]SURVIVED[/]"
+            console.print(f"{word}  {broken.role:<9} {broken.name:<42} {broken.check}")
     killed = sum(outcome.killed for outcome in outcomes)
     good = killed == len(outcomes)
     if not options.only:

@@ -210,8 +210,11 @@ class Stage:
         return SyncSession(*parties, spec, SyncOptions(**settings))
 
     def fresh_text(self, path: Path, prompts: list[list[int]]) -> list[list[int]]:
-        """The greedy tokens of an engine that has just loaded a saved directory, and takes part in nothing."""
-        engine = self._new_engine(0)
+        """The greedy tokens of an engine that has just loaded a saved directory, and takes part in nothing.
+
+        It is a plain process whatever carries the stage: that is sooner there.
+        """
+        engine = self._member("generator", "generator[0]", "processes")
         self._finish(engine, self._begin_engine(engine, 0, path))
         try:
             found = engine.ask("generate", list[Completion], prompts, encode(Sampling(max_tokens=12, temperature=0.0)))
@@ -298,12 +301,12 @@ class Stage:
     def _new_engine(self, index: int) -> Member:
         return self._member("generator", f"generator[{index}]")
 
-    def _member(self, role: str, name: str) -> Member:
+    def _member(self, role: str, name: str, carrier: Carrier | None = None) -> Member:
         kind: Any = TrainerHost if role == "trainer" else GeneratorHost
         backend = self.triple.trainer.name if role == "trainer" else self.triple.generator.name
         protocol = self._protocol.publisher if role == "trainer" else self._protocol.engine
         member: Member
-        if self.carrier == "processes":
+        if (carrier or self.carrier) == "processes":
             prepare = self._prepare.get(name) or self._prepare.get(role)
             member = ProcessMember(kind, name, backend, protocol, environment(), prepare)
         else:

@@ -229,7 +229,7 @@ class ReturnsBeforeItIsDone(ReferenceTransport):
 
 @broken("transport", check="contract.nothing_is_written_once_receive_has_returned")
 class ReadsOnceMore(ReferenceTransport):
-    """Reads a version for a second time after it has returned, unless the next one has come by then."""
+    """Reads a version again and again after it has returned, until the next one comes."""
 
     newest = 0
 
@@ -238,9 +238,10 @@ class ReadsOnceMore(ReferenceTransport):
         received, again = super().receive(version, slot, tensors, deadline), super().receive
 
         def read() -> None:
-            time.sleep(_MOMENT)
-            if self.newest == version:
-                again(version, slot, tensors, deadline)
+            for _ in range(4):
+                time.sleep(_MOMENT)
+                if self.newest == version:
+                    again(version, slot, tensors, deadline)
 
         threading.Thread(target=read, daemon=True).start()
         return received

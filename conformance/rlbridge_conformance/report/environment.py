@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -82,6 +83,7 @@ def _operating_system() -> str:
         return platform.system()
 
 
+@functools.cache
 def _ucx_version() -> str | None:
     """The version of the UCX that NIXL's wheel brings; several if its wheels for CUDA 12 and 13 differ."""
     asked = (_output([sys.executable, "-c", _ASK_UCX, str(library)]) for library in _bundled_ucx())

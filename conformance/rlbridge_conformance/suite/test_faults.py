@@ -177,7 +177,7 @@ def test_nothing_is_written_once_a_transfer_is_settled(stages: Stages) -> None:
     with short(stage, deadline_seconds=5.0):
         stage.version += 1
         stage.session.publish(stage.version)
-        stage.session.options = stage.session_with(deadline_seconds=0.02, late_seconds=5.0).options
+        stage.session.options = stage.session_with(deadline_seconds=0.002, late_seconds=5.0).options
         attempt(lambda: stage.session.pull(stage.version))
     _eventually_none(stage, pulling)
     _eventually_none(stage, unsettled)

@@ -22,6 +22,9 @@ from rlbridge_conformance.stage import Stage
 _NETWORK = {"needs": ["transport.cross_host", "transport.plain_processes"], "machine": ["network_namespaces", "tun"]}
 
 _BULK_MIB = 16
+_ENOUGH_MBIT = 100.0
+"""So narrow that the bulk takes more than a second: there is a middle to fail in."""
+
 _SLOW_MBIT = 2.0
 """So narrow that the bulk would take a minute."""
 
@@ -51,6 +54,7 @@ def test_a_link_fails_in_mid_transfer(stages: Stages, fault: str) -> None:
             whole(stage, stage.engines, old, new)
         finally:
             _REPAIR[fault](link)
+            link.widen()
         recovers(stage)
         recovers(stage)
 
@@ -104,13 +108,11 @@ def _pulling(stage: Stage) -> Iterator[Future[Any]]:
 
 def _disturb(stage: Stage, link: Link, fault: str) -> RlbridgeError | None:
     """Pull over a link that is slow enough for it to fail in the middle. The error that the pull ends in."""
-    link.narrow(400.0)
+    link.narrow(_ENOUGH_MBIT)
     before = link.bytes()[1].received
     with _pulling(stage) as pull:
         while link.bytes()[1].received < before + (1 << 20) and not pull.done():
             time.sleep(0.002)
-        if fault != "narrowed":
-            link.widen()
         _DISTURB[fault](link)
     error: RlbridgeError | None = pull.result()
     return error

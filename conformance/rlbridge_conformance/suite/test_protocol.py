@@ -141,9 +141,9 @@ def test_an_arena_of_an_unfinished_transfer_is_not_used(stages: Stages) -> None:
     _publish(stage)
     (engine, *_) = stage.engines
     _tell(engine, "start_pull", Pull(stage.version, 0, 0.0))
-    if errors_of(lambda: _tell(engine, "wait_pull", Wait(stage.version, 1.0))) is None:
-        pytest.skip("the transfer was over in no time at all")
-    _refuses(engine, "start_pull", Pull(stage.version, 0, 5.0), QuarantineError)
+    unfinished = errors_of(lambda: _tell(engine, "wait_pull", Wait(stage.version, 1.0))) is not None
+    if unfinished:  # some transports are done in no time at all
+        _refuses(engine, "start_pull", Pull(stage.version, 0, 5.0), QuarantineError)
     stage.session.attach()
     _goes_on(stage)
 

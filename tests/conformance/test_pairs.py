@@ -1,0 +1,83 @@
+"""Every pair of our backends passes the suite, and the suite fails every backend that is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rlbridge_conformance.faults.machine import lacks
+from rlbridge_conformance.report import Result, read_result
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+_NATIVE = ["--trainer", "native", "--generator", "native"]
+RUNS = {
+    "nixl": [*_NATIVE, "--transport", "nixl", "--level", "faults"],
+    "self-test": ["--self-test"],
+    "object_store": ["--transport", "object_store", "--level", "contract"],
+    "nixl write over tcp": ["--transport", "nixl", "transport.operation=write", "transport.wire=tcp"],
+    "native over object_store": [*_NATIVE, "--transport", "object_store", "--from", "sync"],
+    "native over rdt, nixl": [*_NATIVE, "--transport", "rdt", "transport.tensor_transport=nixl", "--from", "sync"],
+    "native over rdt, gloo": [*_NATIVE, "--transport", "rdt", "transport.tensor_transport=gloo", "--from", "sync"],
+}
+WIRES = {
+    "nixl": "cma",
+    "object_store": "plasma",
+    "nixl write over tcp": "tcp/lo",
+    "native over object_store": "plasma",
+    "native over rdt, nixl": "nixl",
+    "native over rdt, gloo": "gloo",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Path, int, str]]]]:
+    """All runs, two at a time: each waits more than it computes."""
+    place = tmp_path_factory.mktemp("runs")
+
+    def run(name: str) -> tuple[Path, int, str]:
+        report = place / name.replace(" ", "-")
+        code = "import sys; from rlbridge.cli.main import main; sys.exit(main())"
+        asked = RUNS[name] if "--self-test" in RUNS[name] else [*RUNS[name], "--report", str(report)]
+        command = [sys.executable, "-c", code, "conform", *asked]
+        env = {**os.environ, "COLUMNS": "200"}
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=1400, env=env)
+        return report, done.returncode, done.stdout + done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, name) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_a_pair_passes_what_this_machine_can_run(runs: dict[str, Future[tuple[Path, int, str]]], name: str) -> None:
+    report, code, said = runs[name].result()
+    result = read_result(report)
+    bad = [check for check in result.checks if check.state in ("fail", "error")]
+    assert not bad, said
+    reasons = {check.detail for check in result.checks if check.state == "not_run"}
+    assert reasons <= {lacks(need) for need in ("rdma", "network_namespaces", "traffic_control", "tun", "mount_namespaces")}
+    assert (code, result.verdict) == ((3, "incomplete") if reasons else (0, "conformant")), said
+    assert result.wire.name == WIRES[name]
+    assert all(counts.passed for level, counts in result.levels.items() if level != "rdma")
+
+
+def test_every_broken_backend_is_killed(runs: dict[str, Future[tuple[Path, int, str]]]) -> None:
+    _, code, said = runs["self-test"].result()
+    assert code == 0, said
+    killed, _, total = said.splitlines()[-1].removeprefix("killed ").partition("/")
+    assert killed == total
+    assert int(total) >= 30
+
+
+def test_junit_tells_the_same_as_the_result(runs: dict[str, Future[tuple[Path, int, str]]]) -> None:
+    report, _, _ = runs["nixl"].result()
+    result: Result = read_result(report)
+    written = json.loads((report / "result.json").read_text())
+    assert len(written["checks"]) == len(result.checks) == (report / "junit.xml").read_text().count("<testcase ")
