@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,11 @@ def read_prompts(path: Path, prompt_key: str, answer_key: str | None) -> list[Pr
     """
     if not path.exists():
         raise DataError(f"there is no {path}", todo="name a file or a dataset directory in data.path")
-    prompts = [
-        _prompt(index, record, f"{path.name}:{place}", prompt_key, answer_key)
-        for index, (place, record) in enumerate(_reader(path)(path))
-    ]
+    with closing(_reader(path)(path)) as records:  # a bad record leaves them half read
+        prompts = [
+            _prompt(index, record, f"{path.name}:{place}", prompt_key, answer_key)
+            for index, (place, record) in enumerate(records)
+        ]
     if not prompts:
         raise DataError(f"{path} holds no prompts")
     return prompts
@@ -172,7 +174,7 @@ def _is_chat(value: object) -> bool:
     )
 
 
-Records = Iterator[tuple[int, dict[str, Any]]]
+Records = Generator[tuple[int, dict[str, Any]]]
 """Each record with its line (from 1) or row (from 0)."""
 
 

@@ -25,7 +25,6 @@ RUNS = {
     "nixl write over tcp": ["--transport", "nixl", "transport.operation=write", "transport.wire=tcp"],
     "native over object_store": [*_NATIVE, "--transport", "object_store", "--from", "sync"],
     "native over rdt, nixl": [*_NATIVE, "--transport", "rdt", "transport.tensor_transport=nixl", "--from", "sync"],
-    "native over rdt, gloo": [*_NATIVE, "--transport", "rdt", "transport.tensor_transport=gloo", "--from", "sync"],
 }
 WIRES = {
     "nixl": "cma",
@@ -33,7 +32,6 @@ WIRES = {
     "nixl write over tcp": "tcp/lo",
     "native over object_store": "plasma",
     "native over rdt, nixl": "nixl",
-    "native over rdt, gloo": "gloo",
 }
 
 

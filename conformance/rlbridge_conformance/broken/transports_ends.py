@@ -208,17 +208,3 @@ class KeepsTheLastBlocks(ReferenceTransport):
     def close(self) -> None:
         type(self).kept = self.blocks
         super().close()
-
-
-@broken("transport", check="contract.the_end_of_an_epoch_gives_its_memory_back")
-class KeepsItsSharedMemory(ReferenceTransport):
-    """Makes shared memory at its first epoch, and does not give it back at the end."""
-
-    made: ClassVar[list[Any]] = []
-
-    def open(self, blocks: Sequence[torch.Tensor]) -> bytes:
-        from multiprocessing.shared_memory import SharedMemory
-
-        if not self.made:
-            self.made.append(SharedMemory(create=True, size=mmap.PAGESIZE))
-        return super().open(blocks)

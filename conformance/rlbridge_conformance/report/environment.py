@@ -83,11 +83,15 @@ def _operating_system() -> str:
         return platform.system()
 
 
-@functools.cache
 def _ucx_version() -> str | None:
     """The version of the UCX that NIXL's wheel brings; several if its wheels for CUDA 12 and 13 differ."""
-    asked = (_output([sys.executable, "-c", _ASK_UCX, str(library)]) for library in _bundled_ucx())
+    asked = map(_version_of, _bundled_ucx())
     return ", ".join(sorted({version.strip() for version in asked if version})) or None
+
+
+@functools.cache
+def _version_of(library: Path) -> str | None:
+    return _output([sys.executable, "-c", _ASK_UCX, str(library)])
 
 
 def _bundled_ucx() -> list[Path]:
