@@ -1,7 +1,7 @@
 """How many mutants of the core does the conformance suite kill? A random sample, each in a copy of the tree.
 
     pip install cosmic-ray
-    python conformance/mutation/run.py --sample 200 --seed 1 --out mutants.json
+    python tests/mutation/run.py --sample 200 --seed 1 --out mutants.json
 
 A mutant is killed by the levels contract and sync between the suite's own backends, or else by the faults.
 """
