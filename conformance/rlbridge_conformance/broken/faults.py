@@ -97,9 +97,9 @@ class RemembersAddresses(ReferenceTransport):
     def connect(self, peers: Mapping[str, bytes], copies: Sequence[Copy]) -> None:
         first = {}
         for name, raw in peers.items():
-            now, old = (msgspec.msgpack.decode(self.known.setdefault(name, raw), type=Address), raw)
-            later = msgspec.msgpack.decode(old, type=Address)
-            first[name] = raw if now.pid == later.pid else self.known[name]
+            was = msgspec.msgpack.decode(self.known.setdefault(name, raw), type=Address)
+            same = was.pid == msgspec.msgpack.decode(raw, type=Address).pid
+            first[name] = raw if same else self.known[name]
         super().connect(first, copies)
 
 

@@ -15,7 +15,24 @@ from rlbridge.sync.session import SyncSession
 Moment = Literal["before", "during", "after"]
 
 
-class Tripwire:
+class _StandIn:
+    """A `Party` that is another one, but for its calls."""
+
+    def __init__(self, party: Party) -> None:
+        self.name = party.name
+        self._party = party
+
+    @property
+    def actor(self) -> Any:
+        """The party's."""
+        return self._party.actor
+
+    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
+        """The party's."""
+        return self._party.tensors(version, slot, sink, tensor_transport)
+
+
+class Tripwire(_StandIn):
     """A `Party` that is another one, but for what happens at its first call of `method`.
 
     Args:
@@ -27,19 +44,10 @@ class Tripwire:
     """
 
     def __init__(self, party: Party, method: str, moment: Moment, act: Callable[[], None], seconds: float = 0.0) -> None:
-        self.name = party.name
+        super().__init__(party)
         self.tripped = threading.Event()
-        self._party, self._method, self._moment, self._act, self._seconds = party, method, moment, act, seconds
+        self._method, self._moment, self._act, self._seconds = method, moment, act, seconds
         self._ready = True
-
-    @property
-    def actor(self) -> Any:
-        """The party's."""
-        return self._party.actor
-
-    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
-        """The party's."""
-        return self._party.tensors(version, slot, sink, tensor_transport)
 
     def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
         """The party's, and the fault."""
@@ -64,22 +72,13 @@ class Tripwire:
             self.tripped.set()
 
 
-class Deaf:
+class Deaf(_StandIn):
     """A `Party` whose first call of `method`, or the answer to it, is lost on the way."""
 
     def __init__(self, party: Party, method: str, lost: Literal["call", "answer"]) -> None:
-        self.name = party.name
-        self._party, self._method, self._lost = party, method, lost
+        super().__init__(party)
+        self._method, self._lost = method, lost
         self._ready = True
-
-    @property
-    def actor(self) -> Any:
-        """The party's."""
-        return self._party.actor
-
-    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
-        """The party's."""
-        return self._party.tensors(version, slot, sink, tensor_transport)
 
     def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
         """The party's, or silence."""
