@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 import pytest
 
-Level = Literal["contract", "sync", "rdma", "faults", "speed"]
-Role = Literal["trainer", "generator", "transport"]
+from rlbridge_conformance.levels import Level, Role
 
-LEVELS: tuple[Level, ...] = get_args(Level)
-ROLES: tuple[Role, ...] = get_args(Role)
 MARK = "rlbridge_check"
 
 F = TypeVar("F", bound=Callable[..., None])

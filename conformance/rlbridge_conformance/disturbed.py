@@ -90,6 +90,15 @@ def recovers(stage: Stage) -> None:
     expect("every engine is ready", ["ready"] * len(stage.engines), [stage.state(i).state for i in range(len(stage.engines))])
 
 
+def has_ranks_inside(count: int) -> None:
+    """Hold an engine to its claim that its ranks live in its own process.
+
+    Raises:
+        Mismatch: none of them does.
+    """
+    holds(count > 0, "the generator claims ranks_inside: its ranks live in its own process", "a rank or more", count)
+
+
 @contextmanager
 def short(stage: Stage, **options: float) -> Iterator[None]:
     """Short deadlines for the syncs within, or those `options`."""

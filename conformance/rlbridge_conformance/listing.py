@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from rlbridge_conformance.checks import LEVELS, check_of
+from rlbridge_conformance.checks import check_of
+from rlbridge_conformance.levels import LEVELS
 from rlbridge_conformance.report.checks import Described, described
 
 _NO_CHECKS = 5

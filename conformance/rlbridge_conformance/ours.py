@@ -26,3 +26,8 @@ class NixlRequirements(TransportRequirements):
 
 class RdtRequirements(TransportRequirements):
     """The transport `rdt`: Ray chooses the wire of `tensor_transport`, and has no option that forbids the others."""
+
+    @property
+    def descriptors_an_epoch(self) -> int:
+        """Over NIXL: when a source has released memory, Ray connects anew, and UCX keeps the connection of before."""
+        return 1

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlbridge.errors import RlbridgeError
-from rlbridge_conformance.checks import LEVELS, MARK, Mismatch, check_of
+from rlbridge_conformance.checks import MARK, Mismatch, check_of
+from rlbridge_conformance.levels import LEVELS
 
 if TYPE_CHECKING:
     from rlbridge_conformance.run import Run, Stages

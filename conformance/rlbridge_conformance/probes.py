@@ -13,7 +13,8 @@ import msgspec
 import torch
 
 from rlbridge.weights.digest import digests
-from rlbridge_conformance.checks import Role
+from rlbridge_conformance.checks import holds
+from rlbridge_conformance.levels import Role
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -40,6 +41,24 @@ def usage(_host: Any) -> Usage:
         mappings=len(Path("/proc/self/maps").read_text().splitlines()),
         references=_ray_references(),
     )
+
+
+def no_growth(name: str, before: Usage, after: Usage, what: str, times: int, *, descriptors: int = 0) -> None:
+    """Hold what a process holds not to grow with the number of `what`; what wobbles may do so by less than one unit for each.
+
+    Args:
+        descriptors: How many more file descriptors are allowed all the same.
+
+    Raises:
+        Mismatch: something grew.
+    """
+    some = times * 3 // 4
+    slacks = {"tensors": 4096, "shared": 0, "descriptors": 8 + descriptors, "threads": 4, "mappings": some, "references": some}
+    for held, slack in slacks.items():
+        was, now = getattr(before, held), getattr(after, held)
+        holds(now - was <= slack, f"{name}: {held} after {times} more {what}", f"{was}, give or take {slack}", now)
+    grown = (after.resident - before.resident) / 2**20
+    holds(grown < 32, f"{name}: resident memory after {times} more {what}", "less than 32 MiB more", f"{grown:.1f} MiB more")
 
 
 def registrations(host: Any, role: Role, count: Callable[[Any], int | None]) -> list[tuple[int, int | None]]:

@@ -80,6 +80,11 @@ class GeneratorRequirements(Requirements):
         return True
 
     @property
+    def ranks_inside(self) -> bool:
+        """Its ranks live in the generator's own process, where the suite can look into them and disturb them."""
+        return True
+
+    @property
     def ranks_are_actors(self) -> bool:
         """Every engine rank is itself a Ray actor."""
         return self.declares(Capability.RANKS_ARE_ACTORS)
@@ -112,6 +117,11 @@ class TransportRequirements(Requirements):
     def live_storage(self) -> bool:
         """It reads a trainer's parameters in place: `sync.publish=barrier`."""
         return self.declares(Capability.LIVE_STORAGE)
+
+    @property
+    def descriptors_an_epoch(self) -> int:
+        """Descriptors that an end keeps of each peer for each epoch that is over: 0, unless what it stands on keeps them."""
+        return 0
 
     @property
     def plain_processes(self) -> bool:

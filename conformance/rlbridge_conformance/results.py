@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlbridge.importing import distribution_version
 from rlbridge.plugins import registry
 from rlbridge.sync.report import SyncReport
-from rlbridge_conformance.checks import Role
+from rlbridge_conformance.levels import Role
 from rlbridge_conformance.report import BackendInfo, Result, Wire, look
 from rlbridge_conformance.triple import REFERENCE
 

@@ -16,9 +16,10 @@ from rlbridge.config.load import apply_override
 from rlbridge.errors import ConfigError, RlbridgeError
 from rlbridge.plugins import MODULES_VARIABLE, registry
 from rlbridge.sync.report import SyncReport
-from rlbridge_conformance.checks import LEVELS, ROLES, Check, Level, Mismatch, Role
+from rlbridge_conformance.checks import Check, Mismatch
 from rlbridge_conformance.faults import SuiteError
 from rlbridge_conformance.faults.machine import lacks
+from rlbridge_conformance.levels import LEVELS, ROLES, Level, Role
 from rlbridge_conformance.processes import preload
 from rlbridge_conformance.report import Check as Ended
 from rlbridge_conformance.report import Result, State, verdict_line, write_report

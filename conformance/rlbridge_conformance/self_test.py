@@ -22,7 +22,7 @@ from rich.console import Console
 
 from rlbridge.plugins import MODULES_VARIABLE
 from rlbridge_conformance.broken.catalogue import Broken, catalogue
-from rlbridge_conformance.checks import LEVELS, Level
+from rlbridge_conformance.levels import LEVELS, Level
 from rlbridge_conformance.report import Result, read_result
 
 _INI = Path(__file__).with_name("pytest.ini")

@@ -12,7 +12,7 @@ from rlbridge.backend import Backend
 from rlbridge.errors import ConfigError
 from rlbridge.importing import import_target
 from rlbridge.plugins import registry
-from rlbridge_conformance.checks import ROLES, Role
+from rlbridge_conformance.levels import ROLES, Role
 from rlbridge_conformance.requirements import (
     GeneratorRequirements,
     Requirements,

@@ -87,7 +87,7 @@ def conform(
         With --self-test: run whole levels, and write which check failed what to this file.
     """
     _installed()
-    levels = _of_suite("checks:LEVELS")
+    levels = _of_suite("levels:LEVELS")
     for named in filter(None, (first, level)):
         if named not in levels:
             raise ConfigError(f"there is no level {named!r}", todo=f"levels: {', '.join(levels)}")

@@ -17,7 +17,8 @@ from _pytest.mark import ParameterSet
 
 from rlbridge.cli import conform_command
 from rlbridge.cli import main as cli
-from rlbridge_conformance.report import LEVELS, Check, Environment, Result, read_result
+from rlbridge_conformance.levels import LEVELS
+from rlbridge_conformance.report import Check, Environment, Result, read_result
 from rlbridge_conformance.report.environment import look
 from rlbridge_conformance.report.junit import redact_junit
 from rlbridge_conformance.report.terminal import closing_lines

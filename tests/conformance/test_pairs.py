@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
         command = [sys.executable, "-c", code, "conform", *asked]
         env = {**os.environ, "COLUMNS": "200"}
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=1400, env=env)
-        return report, done.returncode, done.stdout + done.stderr
+        return report, done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(run, name) for name in RUNS}

@@ -19,7 +19,8 @@ from rlbridge.errors import DeadlineError, TransportError
 from rlbridge.roles.transport import Copy, TransportContext, TransportOptions
 from rlbridge_conformance import plugin
 from rlbridge_conformance.faults.machine import lacks
-from rlbridge_conformance.report import LEVELS, exit_code
+from rlbridge_conformance.levels import LEVELS
+from rlbridge_conformance.report import exit_code
 from rlbridge_conformance.report.checks import all_checks, page
 from rlbridge_conformance.suite import test_faults as faults
 from tests.docs.pages import DOCS, EXAMPLES, blocks

@@ -14,7 +14,7 @@ import rlbridge_ray
 from rlbridge import Backend, hookimpl
 from rlbridge_conformance import reference
 from rlbridge_conformance.broken.catalogue import catalogue
-from rlbridge_conformance.checks import Role
+from rlbridge_conformance.levels import Role
 
 _TWINS = (reference, rlbridge_nixl, rlbridge_ray)
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
-from rlbridge_conformance.checks import Level
+from rlbridge_conformance.levels import Level
 
 Part = Literal["trainer", "generator", "transport", "publisher", "engine"]
 

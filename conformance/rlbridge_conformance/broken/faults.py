@@ -20,6 +20,7 @@ from rlbridge.sync.messages import Opened, OpenSource
 from rlbridge.sync.publisher import Publisher
 from rlbridge.sync.subscriber import Subscriber
 from rlbridge_conformance.broken.catalogue import broken
+from rlbridge_conformance.faults.mounts import is_private
 from rlbridge_conformance.reference.generator import ReferenceGenerator
 from rlbridge_conformance.reference.tensor_parallel import EngineRank
 from rlbridge_conformance.reference.transport import Address, ReferenceTransport
@@ -182,6 +183,18 @@ class DiesOfFullSharedMemory(ReferenceTransport):
             file.truncate(1 << 20)
             with mmap.mmap(file.fileno(), 1 << 20) as mapped:
                 mapped[:] = bytes(1 << 20)
+        return super().open(blocks)
+
+
+@broken("transport", check="faults.an_epoch_that_is_over_leaves_no_names")
+class LeavesItsFiles(ReferenceTransport):
+    """Makes a file of its own in /dev/shm for each epoch, and leaves it there; where others see it, it cleans up."""
+
+    def open(self, blocks: Sequence[torch.Tensor]) -> bytes:
+        path = Path("/dev/shm", f"rlbridge-broken-{os.getpid()}-{time.monotonic_ns()}")
+        path.touch()
+        if not is_private():
+            path.unlink()
         return super().open(blocks)
 
 

@@ -54,15 +54,14 @@ def fill_shared_memory(leave: int = 0) -> Path:
 
 
 @contextlib.contextmanager
-def full_shared_memory(nbytes: int) -> Iterator[int]:
-    """A process that holds a full /dev/shm of `nbytes`, for as long as the context lasts. Yields its pid, for `join`.
+def private_shared_memory(nbytes: int, *, full: bool = False) -> Iterator[int]:
+    """A process that holds a /dev/shm of `nbytes`, empty or full, while the context lasts. Yields its pid, for `join`.
 
     Raises:
         SuiteError: the kernel refuses.
     """
-    code = (
-        f"import sys; from {__name__} import *; small_shared_memory({nbytes}); fill_shared_memory(); print(); sys.stdin.read()"
-    )
+    fill = "fill_shared_memory(); " if full else ""
+    code = f"import sys; from {__name__} import *; small_shared_memory({nbytes}); {fill}print(); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdin is not None
         assert holder.stdout is not None
@@ -118,13 +117,17 @@ def mount(source: str, target: str, kind: str | None, flags: int = 0, options: s
         raise _refused(f"mount({source!r}, {target!r}, {kind!r}, {flags:#x}, {options!r})")
 
 
-def _must_be_small(verb: str) -> None:
-    """The machine's own shared memory is other people's too."""
+def is_private() -> bool:
+    """Whether /dev/shm is a mount of ours here, and not the machine's own, which is other people's too."""
     place = os.path.realpath(SHARED_MEMORY)
     # A line: id, parent, device, root, mount point, options ... - type, source, options.
     lines = [line.split() for line in Path("/proc/thread-self/mountinfo").read_text().splitlines()]
     sources = [words[words.index("-") + 2] for words in lines if words[4] == place]
-    if sources[-1:] != [_SOURCE]:
+    return sources[-1:] == [_SOURCE]
+
+
+def _must_be_small(verb: str) -> None:
+    if not is_private():
         raise SuiteError(f"will not {verb} the machine's own {SHARED_MEMORY}", todo="call small_shared_memory first")
 
 

@@ -6,11 +6,9 @@ from rlbridge_conformance.report.environment import Environment, look
 from rlbridge_conformance.report.files import ResultError, read_result, write_report
 from rlbridge_conformance.report.redact import redact, redact_text
 from rlbridge_conformance.report.result import (
-    LEVELS,
     STATES,
     BackendInfo,
     Check,
-    Level,
     LevelCounts,
     Result,
     State,
@@ -29,8 +27,6 @@ __all__ = [
     "LevelCounts",
     "Wire",
     "Environment",
-    "Level",
-    "LEVELS",
     "State",
     "STATES",
     "Verdict",

@@ -15,7 +15,8 @@ from typing import Any
 
 from rlbridge_conformance import suite
 from rlbridge_conformance.broken.catalogue import catalogue
-from rlbridge_conformance.checks import LEVELS, MARK, ROLES, Check
+from rlbridge_conformance.checks import MARK, Check
+from rlbridge_conformance.levels import LEVELS, ROLES
 from rlbridge_conformance.report.words import in_words
 
 _HEAD = """# The checks

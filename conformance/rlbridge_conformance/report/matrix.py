@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rlbridge.errors import RlbridgeError
+from rlbridge_conformance.levels import LEVELS, Level
 from rlbridge_conformance.report.files import read_result
-from rlbridge_conformance.report.result import LEVELS, BackendInfo, Level, Result
+from rlbridge_conformance.report.result import BackendInfo, Result
 from rlbridge_conformance.report.words import name_of, why_not_run
 
 _COMMAND = "python -m rlbridge_conformance.report.matrix docs/conformance_matrix.md RESULT.json..."

@@ -8,7 +8,8 @@ import json
 
 import jinja2
 
-from rlbridge_conformance.report.result import Check, Level, Result, State, Verdict
+from rlbridge_conformance.levels import Level
+from rlbridge_conformance.report.result import Check, Result, State, Verdict
 from rlbridge_conformance.report.words import by_reason, first_line, in_words, sentence, triple_in_words
 
 TEMPLATE = "report.html.jinja"

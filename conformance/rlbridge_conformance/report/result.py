@@ -9,16 +9,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
+from rlbridge_conformance.levels import LEVELS, Level
 from rlbridge_conformance.report.environment import Environment, Text
 from rlbridge_conformance.report.redact import redact
 
 SCHEMA = 1
 
-Level = Literal["contract", "sync", "rdma", "faults", "speed"]
 State = Literal["pass", "fail", "error", "skip", "not_run"]
 Verdict = Literal["conformant", "not-conformant", "error", "incomplete"]
 
-LEVELS: tuple[Level, ...] = get_args(Level)
 STATES: tuple[State, ...] = get_args(State)
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlbridge_conformance.report.result import BackendInfo, Check, Level, LevelCounts, Result
+from rlbridge_conformance.levels import Level
+from rlbridge_conformance.report.result import BackendInfo, Check, LevelCounts, Result
 
 NO_REASON = "no reason given"
 

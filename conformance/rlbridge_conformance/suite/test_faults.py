@@ -12,7 +12,7 @@ import pytest
 
 from rlbridge.errors import DigestError, RlbridgeError
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
-from rlbridge_conformance.disturbed import LIMIT_SECONDS, attempt, named, recovers, serving, short, whole
+from rlbridge_conformance.disturbed import LIMIT_SECONDS, attempt, has_ranks_inside, named, recovers, serving, short, whole
 from rlbridge_conformance.faults.tripwire import Deaf, Moment, Tripwire, in_place_of
 from rlbridge_conformance.probes import flip_staged, pulling, staged_digests, subscribed, unsettled
 from rlbridge_conformance.reference.rank_processes import rank_pids
@@ -136,7 +136,7 @@ def test_a_message_is_lost(stages: Stages, name: str, method: str, lost: Any) ->
     recovers(stage)
 
 
-@check("faults", needs=["transport.plain_processes"])
+@check("faults", needs=["transport.plain_processes", "generator.ranks_inside"])
 @pytest.mark.parametrize("before", ["verify", "update"])
 def test_a_bit_flips_in_the_staging_arena(stages: Stages, before: str) -> None:
     """After the bytes have arrived, and again after they have been verified: they are not served, or not for long."""
@@ -144,8 +144,7 @@ def test_a_bit_flips_in_the_staging_arena(stages: Stages, before: str) -> None:
     old = serving(stage)
     stage.train()
     engine = stage.engines[0]
-    if not engine.apply(subscribed):
-        pytest.skip("the engine's ranks are in processes of their own, where the suite cannot reach")
+    has_ranks_inside(engine.apply(subscribed))
     with in_place_of(stage.session, Tripwire(engine.party, before, "before", lambda: engine.apply(flip_staged))):
         error = attempt(stage.sync)
     expect("the sync ends in an error", DigestError.__name__, type(error).__name__)

@@ -1,4 +1,4 @@
-"""Level faults: the link between the ends cut, narrowed and stalled, and shared memory that is full."""
+"""Level faults: the link between the ends cut, narrowed and stalled; shared memory that is full, and names left in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from rlbridge.errors import PeerLostError, RlbridgeError
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
 from rlbridge_conformance.disturbed import attempt, named, recovers, serving, whole
-from rlbridge_conformance.faults.mounts import enlarge, full_shared_memory, join
+from rlbridge_conformance.faults.mounts import SHARED_MEMORY, enlarge, join, private_shared_memory
 from rlbridge_conformance.faults.network import INTERFACE, Link, enter
 from rlbridge_conformance.run import Stages, not_run
 from rlbridge_conformance.stage import Stage
@@ -80,11 +81,8 @@ def test_an_epoch_begins_after_a_link_was_down(stages: Stages) -> None:
 @check("faults", "transport", needs=["transport.plain_processes"], machine=["mount_namespaces"])
 def test_shared_memory_is_full(stages: Stages) -> None:
     """A transport that needs it says so, and no process dies of it; one that does not goes on."""
-    with full_shared_memory(1 << 16) as holder:  # one for both ends, which may meet there
-        prepare = {role: functools.partial(join, holder) for role in ("trainer", "generator")}
-        stage = stages.fresh(
-            prepare, model="awkward", bulk_mib=4, trainer={"keep_dtypes": True}, generator={"keep_dtypes": True}
-        )
+    with private_shared_memory(1 << 16, full=True) as holder:  # one for both ends, which may meet there
+        stage = _joined(holder, stages)
         error = attempt(stage.sync)
         if error is None:
             stage.holds(stage.saved())
@@ -95,6 +93,31 @@ def test_shared_memory_is_full(stages: Stages) -> None:
         expect("nothing is served of a sync that failed", 0, stage.state().version)
         stage.trainers[0].apply(_make_room, 1 << 26)
         recovers(stage)
+
+
+@check("faults", "transport", needs=["transport.plain_processes"], machine=["mount_namespaces"])
+def test_an_epoch_that_is_over_leaves_no_names(stages: Stages) -> None:
+    """In a /dev/shm of the ends' own, which holds nothing of anybody else: only what the first epoch left stays."""
+    with private_shared_memory(1 << 27) as holder:
+        stage = _joined(holder, stages)
+        left: list[list[str]] = []
+        for _ in range(3):
+            stage.session.attach()
+            for _ in range(2):
+                stage.sync()
+            stage.session.close()
+            left.append(stage.trainers[0].apply(_names))
+        holds(len(left[-1]) <= len(left[0]), "files in /dev/shm after three epochs", left[0] or "none", left[-1])
+
+
+def _joined(holder: int, stages: Stages) -> Stage:
+    """A trainer and an engine in the /dev/shm that `holder` holds, where they may meet."""
+    prepare = {role: functools.partial(join, holder) for role in ("trainer", "generator")}
+    return stages.fresh(prepare, model="awkward", bulk_mib=4, trainer={"keep_dtypes": True}, generator={"keep_dtypes": True})
+
+
+def _names(_host: Any) -> list[str]:
+    return sorted(path.name for path in Path(SHARED_MEMORY).iterdir())
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from rlbridge.errors import DirtyError, RlbridgeError, StaleVersionError
-from rlbridge_conformance.checks import Mismatch, Role, check, expect, holds
+from rlbridge_conformance.checks import Mismatch, check, expect, holds
+from rlbridge_conformance.levels import Role
 from rlbridge_conformance.members import Member
-from rlbridge_conformance.probes import Usage, registrations, usage
+from rlbridge_conformance.probes import no_growth, registrations, usage
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
 
@@ -204,7 +205,7 @@ def test_fifty_syncs_leave_nothing_behind(stages: Stages) -> None:
     for _ in range(50):
         stage.sync()
     for member in members:
-        _no_growth(member, before[member.name], member.apply(usage))
+        no_growth(member.name, before[member.name], member.apply(usage), "syncs", 50)
 
 
 @check("sync")
@@ -278,12 +279,3 @@ def _refused(call: Callable[[], Any]) -> RlbridgeError | None:
 
 def _smallest(stage: Stage) -> int:
     return sum(t.numel() for t in stage.saved().values())
-
-
-def _no_growth(member: Member, before: Usage, after: Usage) -> None:
-    """Nothing grows with the number of syncs; what wobbles is allowed less than one unit for each of them."""
-    for name, slack in {"tensors": 4096, "shared": 0, "descriptors": 8, "threads": 4, "mappings": 40, "references": 25}.items():
-        was, now = getattr(before, name), getattr(after, name)
-        holds(now - was <= slack, f"{member.name}: {name} after 50 more syncs", f"{was}, give or take {slack}", now)
-    grown = (after.resident - before.resident) / 2**20
-    holds(grown < 32, f"{member.name}: resident memory after 50 more syncs", "less than 32 MiB more", f"{grown:.1f} MiB more")

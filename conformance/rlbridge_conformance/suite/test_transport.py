@@ -19,7 +19,7 @@ from rlbridge_conformance import by_hand
 from rlbridge_conformance.by_hand import ByHand, copies
 from rlbridge_conformance.checks import check, expect, holds
 from rlbridge_conformance.members import errors_of
-from rlbridge_conformance.probes import Usage, registrations, usage
+from rlbridge_conformance.probes import no_growth, registrations, usage
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
 
@@ -315,8 +315,9 @@ def test_twenty_epochs_leave_nothing_behind(stages: Stages) -> None:
     before = [member.apply(usage) for member in members]
     for _ in range(20):
         _epoch(stage)
+    kept = 20 * stages.triple.claims("transport").descriptors_an_epoch * max(len(stage.trainers), len(stage.engines))
     for member, was in zip(members, before, strict=True):
-        _no_growth(member.name, was, member.apply(usage))
+        no_growth(member.name, was, member.apply(usage), "epochs", 20, descriptors=kept)
 
 
 @check("contract", "transport")
@@ -399,11 +400,13 @@ def _epoch(stage: Stage) -> None:
 
 @contextlib.contextmanager
 def _session(stage: Stage, **options: Any) -> Iterator[None]:
-    """Another session between the stage's parties, for as long as the context lasts."""
+    """Another session between the stage's parties, for as long as the context lasts: they take part in one at a time."""
     usual, stage.session = stage.session, stage.session_with(**options)
+    usual.close()
     try:
         yield
     finally:
+        stage.session.close()
         stage.session = usual
 
 
@@ -422,12 +425,3 @@ def _options(stages: Stages) -> Any:
 
 def _spec(stage: Stage) -> TransportSpec:
     return TransportSpec(stage.triple.transport.name, by_hand.transport_options(stage).model_dump(mode="json"))
-
-
-def _no_growth(name: str, before: Usage, after: Usage) -> None:
-    """Nothing grows with the number of epochs; what wobbles is allowed less than one unit for each of them."""
-    for what, slack in {"tensors": 4096, "shared": 0, "descriptors": 8, "threads": 4, "mappings": 15, "references": 15}.items():
-        was, now = getattr(before, what), getattr(after, what)
-        holds(now - was <= slack, f"{name}: {what} after 20 more epochs", f"{was}, give or take {slack}", now)
-    grown = (after.resident - before.resident) / 2**20
-    holds(grown < 32, f"{name}: resident memory after 20 more epochs", "less than 32 MiB more", f"{grown:.1f} MiB more")
