@@ -18,19 +18,26 @@ from rlbridge_conformance.report import Result, read_result
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 _NATIVE = ["--trainer", "native", "--generator", "native"]
+_GLOO, _RDT_NIXL = (["--transport", "rdt", f"transport.tensor_transport={wire}"] for wire in ("gloo", "nixl"))
 RUNS = {
     "nixl": [*_NATIVE, "--transport", "nixl", "--level", "faults"],
     "self-test": ["--self-test"],
     "object_store": ["--transport", "object_store", "--level", "contract"],
     "nixl write over tcp": ["--transport", "nixl", "transport.operation=write", "transport.wire=tcp"],
     "native over object_store": [*_NATIVE, "--transport", "object_store", "--from", "sync"],
-    "native over rdt, nixl": [*_NATIVE, "--transport", "rdt", "transport.tensor_transport=nixl", "--from", "sync"],
+    "rdt, gloo": [*_GLOO, "--level", "contract"],
+    "native over rdt, gloo": [*_NATIVE, *_GLOO, "--from", "sync"],
+    "rdt, nixl": [*_RDT_NIXL, "--level", "contract"],
+    "native over rdt, nixl": [*_NATIVE, *_RDT_NIXL, "--from", "sync"],
 }
 WIRES = {
     "nixl": "cma",
     "object_store": "plasma",
     "nixl write over tcp": "tcp/lo",
     "native over object_store": "plasma",
+    "rdt, gloo": "gloo",
+    "native over rdt, gloo": "gloo",
+    "rdt, nixl": "nixl",
     "native over rdt, nixl": "nixl",
 }
 
