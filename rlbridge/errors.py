@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import msgspec
 
 _WHERE_ORDER = ("role", "rank", "peer", "version", "phase", "tensor")
@@ -14,9 +16,13 @@ class RlbridgeError(Exception):
         what: One sentence, what failed.
         todo: What the reader can do about it.
         where: role, rank, peer, version, phase, tensor and the like, as far as they are known.
+
+    Attributes:
+        origin: Of an error that began as somebody else's, in another process: the traceback there. Python shows it as a note.
     """
 
     exit_code = 1
+    origin: str = ""
 
     def __init__(self, what: str, *, todo: str = "", **where: object) -> None:
         self.what = what
@@ -30,12 +36,19 @@ class RlbridgeError(Exception):
         return f"{self.what}{place}" + (f"\n  {self.todo}" if self.todo else "")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self).__name__, self.what, self.todo, self.where))
+        return (_rebuild, (type(self).__name__, self.what, self.todo, self.where, self.origin))
 
     def at(self, **where: object) -> RlbridgeError:
         """This error with more of the place filled in; what was known already is kept."""
         self.where = {key: str(value) for key, value in where.items() if value is not None} | self.where
         self.args = (str(self),)
+        return self
+
+    def raised_by(self, origin: str) -> RlbridgeError:
+        """This error with the traceback of the one that it stands for."""
+        self.origin = origin
+        if origin:
+            self.add_note(f"it was raised by\n{origin}")
         return self
 
 
@@ -122,22 +135,28 @@ class WireError(msgspec.Struct, frozen=True):
     what: str
     todo: str
     where: dict[str, str]
+    origin: str = ""
 
 
 def to_wire(error: BaseException) -> WireError:
-    """Any exception as data; one that is not ours keeps its type's name in the text."""
+    """Any exception as data; one that is not ours keeps its type's name in the text, and its traceback."""
     if isinstance(error, RlbridgeError):
-        return WireError(type(error).__name__, error.what, error.todo, error.where)
-    return WireError("RlbridgeError", f"{type(error).__name__}: {error}", "", {})
+        origin = error.origin or (_traceback(error.__cause__) if error.__cause__ else "")
+        return WireError(type(error).__name__, error.what, error.todo, error.where, origin)
+    return WireError("RlbridgeError", f"{type(error).__name__}: {error}", "", {}, _traceback(error))
 
 
 def from_wire(error: WireError) -> RlbridgeError:
     """The error that `to_wire` was given, in this process."""
-    return _rebuild(error.kind, error.what, error.todo, error.where)
+    return _rebuild(error.kind, error.what, error.todo, error.where, error.origin)
 
 
-def _rebuild(kind: str, what: str, todo: str, where: dict[str, str]) -> RlbridgeError:
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _rebuild(kind: str, what: str, todo: str, where: dict[str, str], origin: str) -> RlbridgeError:
     cls = globals().get(kind, RlbridgeError)
     if not (isinstance(cls, type) and issubclass(cls, RlbridgeError)):
         cls = RlbridgeError
-    return cls(what, todo=todo, **where)
+    return cls(what, todo=todo, **where).raised_by(origin)

@@ -46,7 +46,10 @@ def import_target(target: str, what: str, todo: str = "") -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise PluginError(f"{what} is not installed: no module named {error.name!r}", todo=todo) from error
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise PluginError(f"{what} is not installed: no module named {missing!r}", todo=todo) from error
+        raise PluginError(f"{what} cannot be imported: {module_name} needs {missing!r}, which is not installed") from error
     # A framework's import can fail in any way: a missing shared library, a version check of its own, a driver.
     except Exception as error:
         raise PluginError(

@@ -55,7 +55,8 @@ class Broken:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({f'{self.distribution} {self.version}'.strip()}): {self.reason}"
+        brought_by = f"{self.distribution} {self.version}".strip()
+        return f"{self.name} ({brought_by}): {self.reason}" if brought_by else f"{self.name}: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,29 @@ def test_somebody_elses_error_keeps_its_name() -> None:
     assert crossed.what == "ZeroDivisionError: by zero"
 
 
+def test_somebody_elses_error_keeps_its_traceback() -> None:
+    try:
+        {}["nothing"]
+    except KeyError as error:
+        crossed = from_wire(to_wire(error))
+    for other in (crossed, pickle.loads(pickle.dumps(crossed)), from_wire(to_wire(crossed))):
+        assert '{}["nothing"]' in other.origin
+        assert other.__notes__ == [f"it was raised by\n{other.origin}"]
+        assert "Traceback" not in str(other)
+
+
+def test_an_error_that_was_raised_from_another_brings_its_traceback() -> None:
+    try:
+        try:
+            {}["nothing"]
+        except KeyError as error:
+            raise PeerLostError("gone") from error
+    except PeerLostError as error:
+        crossed = from_wire(to_wire(error))
+    assert '{}["nothing"]' in crossed.origin
+    assert str(crossed) == "gone"
+
+
 def test_the_first_to_know_a_place_is_believed() -> None:
     error = PeerLostError("gone", peer="trainer[0]").at(peer="trainer[1]", phase="wire")
     assert error.where == {"peer": "trainer[0]", "phase": "wire"}

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import pytest
 
+from rlbridge.errors import RlbridgeError
 from rlbridge_conformance.levels import Level, Role
 
 MARK = "rlbridge_check"
@@ -60,6 +61,12 @@ class Mismatch(AssertionError):  # noqa: N818  (it is what is found, not a fault
     def __init__(self, what: str, expected: object, got: object) -> None:
         self.what, self.expected, self.got = what, str(expected), str(got)
         super().__init__(f"{what}\n  expected: {expected}\n  got:      {got}")
+
+
+def in_full(error: Mismatch | RlbridgeError) -> str:
+    """What an error says, and the traceback of the backend's own exception where there is one."""
+    origin = error.origin if isinstance(error, RlbridgeError) else ""
+    return f"{error}\n{origin}" if origin else str(error)
 
 
 def expect(what: str, expected: object, got: object) -> None:

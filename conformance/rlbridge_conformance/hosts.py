@@ -94,4 +94,5 @@ def _applied(function: Callable[..., Any], *args: Any) -> Any:
         if Path(frames[-1].filename).is_relative_to(_SUITE):
             raise
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-        raise RlbridgeError(f"the backend raised {type(error).__name__} in {place}: {error}") from error
+        told = RlbridgeError(f"the backend raised {type(error).__name__} in {place}: {error}")
+        raise told.raised_by("".join(traceback.format_exception(error)).rstrip()) from error

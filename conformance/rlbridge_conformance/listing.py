@@ -36,7 +36,8 @@ def would_run(arguments: Sequence[str]) -> list[tuple[Described, int]]:
     with contextlib.redirect_stdout(printed):
         code = pytest.main(["--pyargs", "rlbridge_conformance.suite", "--collect-only", "-qq", *arguments], plugins=[kept])
     if code not in (0, _NO_CHECKS):
-        sys.stderr.write(printed.getvalue())
+        if code != pytest.ExitCode.USAGE_ERROR:  # of which pytest has said more than what it collected until then
+            sys.stderr.write(printed.getvalue())
         raise SystemExit(int(code))
     cases: dict[str, int] = {}
     functions = {}

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlbridge.errors import RlbridgeError
-from rlbridge_conformance.checks import MARK, Mismatch, check_of
+from rlbridge_conformance.checks import MARK, Mismatch, check_of, in_full
 from rlbridge_conformance.levels import LEVELS
 
 if TYPE_CHECKING:
     from rlbridge_conformance.run import Run, Stages
 
 _RUN: pytest.StashKey[Run] = pytest.StashKey()
-_ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 _OPTIONS = {
     "trainer": "the trainer backend to hold to its contract",
@@ -102,7 +101,7 @@ def pytest_runtest_makereport(
         error = call.excinfo.value if call.excinfo else None
         run.note(found, item.name, report, error)
         if report.failed and isinstance(error, (Mismatch, RlbridgeError)) and item.config.getoption("tbstyle") == "auto":
-            report.longrepr = str(error)  # it says more than the way through the suite that led there
+            report.longrepr = in_full(error)  # it says more than the way through the suite that led there
     return report
 
 
@@ -113,17 +112,32 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
     return "told elsewhere", "F" if report.when == "call" else "E", "FAILED"
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """End every process, and write the report, unless the run did not come to its end: that one is no result."""
-    run = session.config.stash.get(_RUN, None)
-    if run is not None:
-        capture = session.config.pluginmanager.getplugin("capturemanager")
-        capture.resume_global_capture()  # Ray prints that its workers have ended
-        try:
-            run.finish(ended=exitstatus in _ENDED and not session.config.option.collectonly)
-        finally:
-            capture.suspend_global_capture()
-            capture.read_global_capture()
+    ended = False
+    try:
+        done = yield
+        ended = True
+        return done
+    except session.Failed:  # -x
+        ended = True
+        raise
+    finally:
+        _finish(session.config, ended=ended and not session.config.option.collectonly)
+
+
+def _finish(config: pytest.Config, *, ended: bool) -> None:
+    run = config.stash.get(_RUN, None)
+    if run is None:
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.resume_global_capture()  # Ray prints that its workers have ended
+    try:
+        run.finish(ended=ended)
+    finally:
+        capture.suspend_global_capture()
+        capture.read_global_capture()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -6,10 +6,12 @@ names it in `Backend.requirements`, or in the ini option `rlbridge_requirements`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlbridge.backend import Backend, Capability
+from rlbridge.errors import ConfigError
 
 
 class Requirements:
@@ -139,3 +141,31 @@ class TransportRequirements(Requirements):
     def registrations(self, transport: Any) -> int | None:
         """Blocks of memory that an open transport (of a rank's own process) has registered; None if it cannot be known."""
         return None
+
+
+def check_claims(found: type[Requirements], checks: Sequence[str]) -> None:
+    """A claim whose name is misspelt would change nothing, and a known failure of no check would never be missed.
+
+    Raises:
+        ConfigError: the class has a claim, or knows a failure, whose name does not exist; the nearest one is told.
+    """
+    ours = [cls for cls in found.__mro__ if cls.__module__ == __name__]
+    claims = sorted({name for cls in ours for name in vars(cls) if not name.startswith("_")})
+    for cls in found.__mro__[: found.__mro__.index(ours[0])]:
+        for name in vars(cls):
+            if not name.startswith("_") and name not in claims:
+                raise ConfigError(f"{cls.__name__} claims {name!r}, and there is no such claim{_nearest(name, claims)}")
+    if not isinstance(found.known_failures, Mapping):
+        raise ConfigError(f"known_failures of {found.__name__} is no mapping", todo='write it as {"name_of_a_check": "why"}')
+    for name in found.known_failures:
+        if name.partition("[")[0] not in checks:
+            raise ConfigError(
+                f"known_failures of {found.__name__}: there is no check {name!r}{_nearest(name, checks)}",
+                todo="rlbridge conform --list shows the names; here they stand without their level",
+            )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    bare = name.partition("[")[0].rpartition(".")[2].removeprefix("test_")
+    near = difflib.get_close_matches(bare, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

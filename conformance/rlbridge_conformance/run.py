@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,13 +17,14 @@ from rlbridge.config.load import apply_override
 from rlbridge.errors import ConfigError, RlbridgeError
 from rlbridge.plugins import MODULES_VARIABLE, registry
 from rlbridge.sync.report import SyncReport
-from rlbridge_conformance.checks import Check, Mismatch
+from rlbridge_conformance.checks import Check, Mismatch, in_full
 from rlbridge_conformance.faults import SuiteError
 from rlbridge_conformance.faults.machine import lacks
 from rlbridge_conformance.levels import LEVELS, ROLES, Level, Role
 from rlbridge_conformance.processes import preload
 from rlbridge_conformance.report import Check as Ended
 from rlbridge_conformance.report import Result, State, verdict_line, write_report
+from rlbridge_conformance.requirements import check_claims
 from rlbridge_conformance.results import result_of
 from rlbridge_conformance.stage import Carrier, Protocol, Scene, Stage
 from rlbridge_conformance.triple import REFERENCE, Choice, Triple, requirements_by_role
@@ -64,6 +66,10 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     modules = [os.environ.get(MODULES_VARIABLE, ""), _REFERENCE_MODULE, *given["plugin"]]
     os.environ[MODULES_VARIABLE] = ",".join(dict.fromkeys(m for text in modules for m in text.split(",") if m))
     registry.cache_clear()
+    for broken in registry().broken:
+        if broken.name in given["plugin"]:
+            hint = "name the module, without .py" if broken.name.endswith(".py") else "is it on the path? does it import?"
+            raise ConfigError(f"the plugin {broken.name} cannot be used: {broken.reason}", todo=hint)
     tested = frozenset(role for role in ROLES if given[role])
     if not tested:
         raise ConfigError(
@@ -75,6 +81,10 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     for level in (first, last):
         if level not in LEVELS:
             raise ConfigError(f"there is no level {level!r}", todo=f"levels: {', '.join(LEVELS)}")
+    if LEVELS.index(first) > LEVELS.index(last):
+        raise ConfigError(f"the level {first} comes after {last}", todo=f"ask for {first} as the last level too, or for less")
+    if given["report"] and Path(given["report"]).is_file():
+        raise ConfigError(f"{given['report']} is a file", todo="the report is a directory")
     protocol = dict(text.split("=", 1) for text in filter(None, given["protocol"].split(",")))
     return Settings(
         Triple(**choices, tested=tested, requirements=requirements_by_role(given["requirements"])),
@@ -88,8 +98,11 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
 def _options(texts: list[str], tested: frozenset[Role]) -> dict[Role, dict[str, Any]]:
     found: dict[Role, dict[str, Any]] = {role: {} for role in ROLES}
     for text in texts:
-        if text.partition(".")[0] not in tested:
-            raise ConfigError(f"{text!r} sets no option of a tested backend", todo="write it as transport.wire=tcp")
+        role = text.partition(".")[0]
+        if role not in ROLES:
+            raise ConfigError(f"{text!r} sets no option of a backend", todo="write it as transport.wire=tcp")
+        if role not in tested:
+            raise ConfigError(f"{text!r} is an option of a {role}, and none is named", todo=f"name one with --{role}")
         apply_override(cast("dict[str, Any]", found), text)
     return found
 
@@ -115,7 +128,7 @@ class Run:
         self._seconds: dict[str, float] = {}
         for role in ROLES:
             registry().load(role, self.triple.choice(role).name)  # unknown, or not installed: before anything starts
-            self.triple.claims(role)
+            check_claims(type(self.triple.claims(role)), _check_names())
             self.triple.validated(role, self.triple.choice(role).options)
         # Recording a loader enters a torch dispatch mode, which imports torch._dynamo: a second in each new engine.
         self._directory = tempfile.TemporaryDirectory(prefix="rlbridge-conform-")
@@ -294,6 +307,14 @@ class Stages:
             self.run.close(self._own.pop())
 
 
+@functools.cache
+def _check_names() -> tuple[str, ...]:
+    """Of all checks, also of those that this run has not collected."""
+    from rlbridge_conformance import suite  # which imports this module
+
+    return tuple(name.removeprefix("test_") for name in suite.__all__)
+
+
 def _state(report: pytest.TestReport, error: BaseException | None) -> State | None:
     if report.when == "call" and report.outcome == "passed":
         return "pass"
@@ -319,7 +340,7 @@ def _words(report: pytest.TestReport, error: BaseException | None, state: State)
     if isinstance(error, Mismatch):
         return str(error), {"what": error.what, "expected": error.expected, "got": error.got}
     if isinstance(error, RlbridgeError):
-        return str(error), {"what": error.what, "expected": "no error", "got": f"{type(error).__name__}: {error}"}
+        return in_full(error), {"what": error.what, "expected": "no error", "got": f"{type(error).__name__}: {error}"}
     said = f"{type(error).__name__}: {error}"
     return f"{said}\n{report.longreprtext}" if state == "error" else said, {}
 

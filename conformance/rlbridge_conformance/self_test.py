@@ -115,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ[MODULES_VARIABLE] = ",".join(modules)
     console = Console(highlight=False, soft_wrap=True)
     chosen = [b for b in catalogue() if LEVELS.index(b.level) <= LEVELS.index(options.level) and options.only in b.name]
+    if not chosen:
+        parser.error(f"no broken backend fits -k {options.only!r}")
     outcomes = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), gc.freeze) as pool:
         for outcome in pool.map(functools.partial(run_broken, whole_level=options.matrix is not None), chosen):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from rlbridge.backend import Backend
+from rlbridge.config.load import describe
 from rlbridge.errors import ConfigError
-from rlbridge.importing import import_target
+from rlbridge.importing import import_target, is_target
 from rlbridge.plugins import registry
 from rlbridge_conformance.levels import ROLES, Role
 from rlbridge_conformance.requirements import (
@@ -110,8 +112,14 @@ class Triple:
         try:
             return registry().options_model(role, name).model_validate({"backend": name, **options})
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
-        raise ConfigError("\n  ".join([f"the options of the {role} {name!r} cannot be used:", *wrong]))
+            data: dict[str, Any] = {role: {"backend": name, **options}}
+            found = [cast("ErrorDetails", {**e, "loc": (role, *e["loc"])}) for e in error.errors(include_url=False)]
+            wrong = [describe(each, data) for each in found]
+        known = ", ".join(key for key in registry().options_model(role, name).model_fields if key != "backend")
+        raise ConfigError(
+            "\n  ".join([f"the options of the {role} {name!r} cannot be used:", *wrong]),
+            todo=f"its options: {known}" if known else "it has no options",
+        )
 
 
 def requirements_by_role(classes: Sequence[str]) -> dict[Role, type[Requirements]]:
@@ -123,6 +131,8 @@ def requirements_by_role(classes: Sequence[str]) -> dict[Role, type[Requirements
     """
     found: dict[Role, type[Requirements]] = {}
     for target in classes:
+        if not is_target(target):
+            raise ConfigError(f"{target!r} names no requirements class", todo="write it as module:Class")
         imported = import_target(target, "the requirements class")
         roles = [role for role, base in _BASES.items() if isinstance(imported, type) and issubclass(imported, base)]
         if not roles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,14 @@ def conform(
         if named not in levels:
             raise ConfigError(f"there is no level {named!r}", todo=f"levels: {', '.join(levels)}")
     env = _environment(plugin)
+    only = None if only is None else re.sub(rf"\b({'|'.join(levels)})\.", "", only)  # as the ids of a report have it
+    if first and level and levels.index(first) > levels.index(level):
+        raise ConfigError(f"--from {first} comes after --level {level}", todo=f"levels, in their order: {', '.join(levels)}")
     if self_test:
+        if list_ or first or overrides or requirements or any((trainer, generator, transport)):
+            raise ConfigError(
+                "--self-test is of the suite and its own backends", todo="it goes with --level, -k and --matrix alone"
+            )
         given = [*_option("--level", level), *_option("-k", only), *_option("--matrix", matrix)]
         code = _run([f"{_SUITE}.self_test", *given], env)
         return code if code in (0, 1) else _BROKE
@@ -108,6 +116,7 @@ def conform(
         )
     asked = [f"--rlbridge-{role}={name}" for role, name in names.items() if name]
     asked += [f"--rlbridge-set={text}" for text in overrides]
+    asked += [f"--rlbridge-plugin={module}" for module in plugin]
     asked += [f"--rlbridge-requirements={target}" for target in requirements]
     asked += [*_option("--rlbridge-from", first), *_option("--rlbridge-level", level), *_option("-k", only)]
     if list_:
@@ -144,20 +153,31 @@ def _option(name: str, value: str | Path | None) -> list[str]:
 
 def _tried(asked: Sequence[str], report: Path, env: Mapping[str, str], only: str | None) -> int:
     """Run the suite, and give the exit code of its verdict."""
-    for name in _FILES:
-        (report / name).unlink(missing_ok=True)  # so that none is taken for one of this run
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            (report / name).unlink(missing_ok=True)  # so that none is taken for one of this run
+    except OSError as error:
+        raise ConfigError(
+            f"no report can be written to {report}: {error.strerror}", todo="--report names a directory"
+        ) from error
     settings = Path(_of_suite("checks:__file__")).with_name("pytest.ini")
     quiet = ["-qq", "-rN", "--disable-warnings"]
     files = [f"--rlbridge-report={report}", f"--junitxml={report / 'junit.xml'}"]
     # Nothing but the suite's own plugins: others reorder tests, retry them, or run them at once.
     env = {**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     own = ["-c", str(settings), "-p", "rlbridge", "-p", "timeout"]
-    code = _run(["pytest", *own, "--pyargs", _SUITE, *quiet, *files, *asked], env)
+    try:
+        code = _run(["pytest", *own, "--pyargs", _SUITE, *quiet, *files, *asked], env)
+    except BaseException:
+        (report / "junit.xml").unlink(missing_ok=True)  # of a run that was interrupted
+        raise
     if (report / "junit.xml").is_file():
         _of_suite("report.junit:redact_junit")(report / "junit.xml")
     if code == _USAGE:
         return _BROKE
     if not (report / "result.json").is_file():
+        (report / "junit.xml").unlink(missing_ok=True)
         if code == _NO_CHECKS and only:
             raise ConfigError(f"no check fits -k {only!r}", todo="rlbridge conform --list shows their names")
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"

@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        problems = [_describe(detail, data) for detail in error.errors(include_url=False)]
+        problems = [describe(detail, data) for detail in error.errors(include_url=False)]
     raise ConfigError("\n  ".join([f"{path} cannot be used:", *problems]))
 
 
@@ -87,7 +87,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return getattr(error, "problem", None) or " ".join(str(error).split())
 
 
-def _describe(detail: ErrorDetails, data: Mapping[str, Any]) -> str:
+def describe(detail: ErrorDetails, data: Mapping[str, Any]) -> str:
+    """One problem that pydantic found in the config `data`, in one line: the key, what is wrong, the nearest that is right."""
     place = ".".join(map(str, detail["loc"]))
     if detail["type"] == "missing":
         return f"{place}: required"

@@ -236,7 +236,7 @@ def answer(call: Callable[[], object]) -> bytes:
     except RlbridgeError as error:
         return pack(Failed(to_wire(error)))
     except Exception as error:
-        _log.exception("an error that is none of rlbridge's own: only its text crosses to the driver")
+        _log.exception("an error that is none of rlbridge's own")
         return pack(Failed(to_wire(error)))
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from rlbridge.errors import ConfigError
 from rlbridge_conformance import suite
 from rlbridge_conformance.checks import MARK
+from rlbridge_conformance.requirements import GeneratorRequirements, TransportRequirements, check_claims
 
 FILES = {
     "mine.py": '''
@@ -83,6 +85,49 @@ def run_pytest(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 def states(directory: Path) -> tuple[str, dict[str, str]]:
     result: dict[str, Any] = json.loads((directory / "result.json").read_text())
     return result["verdict"], {check["id"]: check["state"] for check in result["checks"]}
+
+
+class Inherited(TransportRequirements):
+    _cache: dict[str, int] = {}  # noqa: RUF012
+
+    def registrations(self, transport: Any) -> int | None:
+        return 1
+
+
+class Right(Inherited):
+    known_failures = {"every_byte_arrives[3-2-1]": "of that case", "receive_counts_what_arrived": "of all"}  # noqa: RUF012
+
+
+class MisspeltClaim(Inherited):
+    live_storge = True
+
+
+class ClaimOfAnotherRole(GeneratorRequirements):
+    cross_host = True
+
+
+class WithALevel(Inherited):
+    known_failures = {"contract.every_byte_arrives": "why"}  # noqa: RUF012
+
+
+class WithoutAReason(Inherited):
+    known_failures = ["every_byte_arrives"]  # type: ignore[assignment]  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("claims", "said"),
+    [
+        (MisspeltClaim, "MisspeltClaim claims 'live_storge', and there is no such claim; did you mean 'live_storage'?"),
+        (ClaimOfAnotherRole, "ClaimOfAnotherRole claims 'cross_host', and there is no such claim"),
+        (WithALevel, "there is no check 'contract.every_byte_arrives'; did you mean 'every_byte_arrives'?"),
+        (WithoutAReason, "known_failures of WithoutAReason is no mapping"),
+    ],
+)
+def test_claims_that_would_change_nothing_are_refused(claims: type[Any], said: str) -> None:
+    names = [name.removeprefix("test_") for name in suite.__all__]
+    check_claims(Right, names)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_claims(claims, names)
 
 
 def test_star_import_gives_the_checks_and_nothing_else() -> None:

@@ -25,7 +25,7 @@ _TITLES: dict[Verdict, str] = {
 # Said by a sign and a word, and only then by a colour: for those who do not see it, and for paper.
 _SIGNS: dict[State, str] = {"pass": "✓", "fail": "✗", "error": "!", "not_run": "○", "skip": "–"}  # noqa: RUF001
 _LEVELS: dict[Level, str] = {
-    "contract": "each backend keeps its contract, without Ray",
+    "contract": "each backend keeps its contract, without Ray if it can do without",
     "sync": "whole syncs between Ray actors, verified",
     "rdma": "the bytes went by RDMA, as the hardware counted them",
     "faults": "kills, stops, late writes, stale and torn updates",

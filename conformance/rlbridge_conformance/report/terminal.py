@@ -29,11 +29,20 @@ def _shown(result: Result, state: State) -> Iterator[str]:
     for first, *others in list(cases.values())[:_MOST_CHECKS]:
         more = f" and {len(others)} more of its cases" if others else ""
         yield f"{_WORDS[state]} {first.id}{more}"
-        lines = [line for line in first.detail.splitlines() if line.strip()]
-        # Of a traceback the end says most, of anything else the beginning.
-        for line in lines[-_MOST_LINES:] if state == "error" else lines[:_MOST_LINES]:
+        for line in _most(first):
             indent = line[: len(line) - len(line.lstrip())]
             yield f"  {indent}{first_line(line, _WIDTH)}"
         yield ""
     if len(cases) > _MOST_CHECKS:
         yield f"{_WORDS[state]} {len(cases) - _MOST_CHECKS} other checks, which are in the report\n"
+
+
+def _most(check: Check) -> list[str]:
+    """The lines that say most: of a traceback the end, of anything else the beginning."""
+    lines = [line for line in check.detail.splitlines() if line.strip()]
+    if check.state == "error":
+        return lines[-_MOST_LINES:]
+    begins = next((index for index, line in enumerate(lines) if line.startswith("Traceback (")), len(lines))
+    told = lines[: min(begins, _MOST_LINES)]
+    left = _MOST_LINES - len(told)
+    return told + (lines[begins + 1 :][-left:] if left else [])

@@ -94,7 +94,9 @@ def _count_and_first(checks: list[Check], how: str) -> str:
     said = first.what or first.detail
     told = f": {first_line(said)}" if said.strip() else ""
     which = "" if len(checks) == 1 else "the first "
-    return f"{_checks(len(checks))} {how}, {which}{first.id}{told}"
+    names = len({check.id.partition("[")[0] for check in checks})
+    cases = "" if len(checks) == names else f" in {len(checks)} cases"
+    return f"{_checks(names)} {how}{cases}, {which}{first.id}{told}"
 
 
 def _checks(count: int) -> str:
