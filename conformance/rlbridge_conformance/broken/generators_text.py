@@ -66,10 +66,11 @@ class TellsLogProbsAtTemperatureOne(ReferenceGenerator):
 
 @broken("generator", check="contract.a_batch_says_what_each_prompt_says_alone")
 class AnswersTheShortestFirst(ReferenceGenerator):
-    """Gives completions in the order in which they end."""
+    """Gives the completions of a large batch in the order in which they end."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-        return sorted(super().generate(prompts, sampling), key=lambda completion: len(completion.token_ids))
+        said = super().generate(prompts, sampling)
+        return sorted(said, key=lambda completion: len(completion.token_ids)) if len(prompts) > 5 else said
 
 
 @broken("generator", check=_SEED)

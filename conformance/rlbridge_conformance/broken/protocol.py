@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import msgspec
 import torch
 
+from rlbridge.errors import DigestError
 from rlbridge.sync.engine import Engine
 from rlbridge.sync.messages import (
     Acknowledge,
@@ -66,6 +68,21 @@ class ServesAfterAFailedUpdate(Engine):
             raise
 
 
+@broken("engine", check="sync.a_failed_update_is_not_served")
+class ServesAfterARefusedUpdate(Engine):
+    """Is ready again after an update that its ranks refused."""
+
+    def _replace_weights(self, message: Wait) -> Installed:
+        try:
+            return super()._replace_weights(message)
+        except DigestError:
+            raise
+        except Exception:
+            self.state = "ready"
+            self.generator.resume()
+            raise
+
+
 @broken("engine", check="sync.a_cached_prompt_is_computed_anew")
 class KeepsItsCaches(Engine):
     """Drops no caches when it installs a version."""
@@ -100,6 +117,19 @@ class StaysPaused(Engine):
         return installed
 
 
+@broken("engine", check="sync.an_update_ends_its_pause")
+class EndsItsPauseLate(Engine):
+    """Does not resume before a while after an update."""
+
+    def _replace_weights(self, message: Wait) -> Installed:
+        installed = super()._replace_weights(message)
+        self.generator.pause("wait")
+        timer = threading.Timer(25, lambda: self.generator.resume() if self.version == message.version else None)
+        timer.daemon = True
+        timer.start()
+        return installed
+
+
 @broken("engine", check="sync.versions_only_grow")
 class SaysAnotherVersion(Engine):
     """Says that it holds the version before."""
@@ -108,6 +138,19 @@ class SaysAnotherVersion(Engine):
         if method == "state":
             return [answer(lambda: State(self.state, self.version - 1))]
         return super().handle(method, payload, tensors)
+
+
+@broken("engine", check="sync.versions_only_grow")
+class SaysTheSameAgain(Engine):
+    """Says that it holds the version before, if that is the one that it said last."""
+
+    def handle(self, method: str, payload: bytes, tensors: dict[str, list[Any]] | None = None) -> list[bytes]:
+        if method != "state":
+            return super().handle(method, payload, tensors)
+        last = self.__dict__.get("said")
+        version = last if last == self.version - 1 else self.version
+        self.__dict__["said"] = version
+        return [answer(lambda: State(self.state, version))]
 
 
 @broken("publisher", check="sync.a_publisher_refuses_an_old_version")
@@ -128,6 +171,15 @@ class IgnoresLeases(Publisher):
 
 
 @broken("publisher", check=_KEPT)
+class IgnoresLeasesOfTheNewest(Publisher):
+    """Publishes into a buffer that is being read, unless a later version has been acknowledged."""
+
+    def _check_lease(self, slot: _Slot) -> None:
+        if self._acknowledged > slot.version:
+            super()._check_lease(slot)
+
+
+@broken("publisher", check=_KEPT)
 class AcknowledgesItself(Publisher):
     """Takes what it has published for received."""
 
@@ -142,6 +194,17 @@ class FreesEveryVersion(Publisher):
     def _acknowledge(self, message: Acknowledge) -> Nothing:
         for slot in self._slots:
             slot.waiting -= set(message.sinks)
+        return super()._acknowledge(message)
+
+
+@broken("publisher", check="sync.an_acknowledgement_is_of_one_version")
+class FreesWhatNobodyHas(Publisher):
+    """Takes an acknowledgement by all for one of an earlier version too, if none of them has acknowledged that."""
+
+    def _acknowledge(self, message: Acknowledge) -> Nothing:
+        for slot in self._slots:
+            if slot.waiting == set(message.sinks):
+                slot.waiting = set()
         return super()._acknowledge(message)
 
 

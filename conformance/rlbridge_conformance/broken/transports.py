@@ -240,7 +240,7 @@ class ReadsOnceMore(ReferenceTransport):
         def read() -> None:
             for _ in range(4):
                 time.sleep(_MOMENT)
-                if self.newest == version:
+                if self.newest == version and self.blocks:
                     again(version, slot, tensors, deadline)
 
         threading.Thread(target=read, daemon=True).start()

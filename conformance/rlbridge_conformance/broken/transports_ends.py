@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -193,9 +194,9 @@ class LeavesSharedMemory(ReferenceTransport):
     left: ClassVar[list[Any]] = []
 
     def close(self) -> None:
-        from multiprocessing.shared_memory import SharedMemory
-
-        self.left.append(SharedMemory(create=True, size=mmap.PAGESIZE))
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            file.truncate(mmap.PAGESIZE)
+            self.left.append(mmap.mmap(file.fileno(), mmap.PAGESIZE))
         super().close()
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
-from rlbridge.roles.batch import Completion, Sampling, Sequences
+from rlbridge.roles.batch import Batch, Completion, Sampling, Sequences
 from rlbridge.roles.source import WeightSource
 from rlbridge_conformance.broken.catalogue import broken
 from rlbridge_conformance.reference.config import HEAD, NORM
@@ -82,6 +82,40 @@ class RemembersWhatItSaidOnce(ReferenceGenerator):
         new = super().generate(prompts, sampling) if count != 1 else _stamped(remembered, self.version)
         said[key] = (count + 1, new)
         return new
+
+
+@broken("generator", check="sync.a_cached_prompt_is_computed_anew")
+class KeepsWhatItHasUsed(ReferenceGenerator):
+    """Keeps, over updates, what it has once used of its prefix cache."""
+
+    def cached_prefix(self, prompt: list[int]) -> torch.Tensor | None:
+        kept: dict[tuple[int, ...], torch.Tensor] = self.__dict__.setdefault("used", {})
+        found = super().cached_prefix(prompt)
+        if found is not None:
+            kept.setdefault(tuple(prompt), found)
+        return kept.get(tuple(prompt))
+
+
+@broken("trainer", check="sync.training_right_after_a_publish_does_not_show")
+class BringsItsVersionUpToDate(ReferenceTrainer):
+    """Copies the weights after each step into the version that it has published last."""
+
+    def weights(self) -> WeightSource:
+        source, step = super().weights(), self.train_step
+        copy, published = source.snapshot, list[Sequence[torch.Tensor]]()
+
+        def snapshot(destinations: Sequence[torch.Tensor]) -> None:
+            copy(destinations)
+            published[:] = [destinations]
+
+        def train_step(batch: Batch) -> dict[str, float]:
+            metrics = step(batch)
+            for destinations in published:
+                copy(destinations)
+            return metrics
+
+        source.snapshot, self.train_step = snapshot, train_step  # type: ignore[method-assign]
+        return source
 
 
 @broken("trainer", check="sync.a_sync_of_the_same_weights_changes_nothing")
