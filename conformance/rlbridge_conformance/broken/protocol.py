@@ -124,7 +124,9 @@ class EndsItsPauseLate(Engine):
     def _replace_weights(self, message: Wait) -> Installed:
         installed = super()._replace_weights(message)
         self.generator.pause("wait")
-        timer = threading.Timer(25, lambda: self.generator.resume() if self.version == message.version else None)
+        if (before := self.__dict__.get("timer")) is not None:
+            before.cancel()
+        timer = self.__dict__["timer"] = threading.Timer(25, self.generator.resume)
         timer.daemon = True
         timer.start()
         return installed
