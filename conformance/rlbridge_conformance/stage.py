@@ -46,7 +46,6 @@ class Scene:
         model: Which of the suite's models all of them load.
         bulk_mib: Size of the tensor that makes a transfer long; see `make_model`.
         trainer, generator, transport: Options, before the user's.
-        sync: Keys of `SyncOptions`.
         lr: Learning rate of the training between syncs.
     """
 
@@ -57,7 +56,6 @@ class Scene:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     generator: Mapping[str, Any] = field(default_factory=dict)
     transport: Mapping[str, Any] = field(default_factory=dict)
-    sync: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 0.02
 
     def key(self) -> str:
@@ -201,9 +199,20 @@ class Stage:
         futures = [trainer.party.call("layout", pack(Nothing())) for trainer in self.trainers]  # it may be collective
         return [result(future.result(60)[0], Described) for future in futures]
 
+    @contextlib.contextmanager
+    def another_session(self, **options: Any) -> Iterator[None]:
+        """`session` is another one, for as long as the context lasts: parties take part in one at a time."""
+        usual, self.session = self.session, self.session_with(**options)
+        usual.close()
+        try:
+            yield
+        finally:
+            self.session.close()
+            self.session = usual
+
     def session_with(self, **options: Any) -> SyncSession:
         """Another session between the same parties."""
-        settings = {"deadline_seconds": 30.0, "setup_seconds": 60.0, **self.scene.sync, **options}
+        settings = {"deadline_seconds": 30.0, "setup_seconds": 60.0, **options}
         transport = self.triple.validated("transport", self._options["transport"])
         spec = TransportSpec(self.triple.transport.name, transport.model_dump(mode="json"))
         parties = [m.party for m in self.trainers], [m.party for m in self.engines]

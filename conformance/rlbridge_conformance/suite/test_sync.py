@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rlbridge.errors import DirtyError, RlbridgeError, StaleVersionError
+from rlbridge.errors import DirtyError, StaleVersionError
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
 from rlbridge_conformance.levels import Role
-from rlbridge_conformance.members import Member
+from rlbridge_conformance.members import Member, errors_of
 from rlbridge_conformance.probes import no_growth, registrations, usage
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
+from rlbridge_conformance.suite.trainer_stages import publishes_in_place
 
 TOLERANCE = 2e-3
 """Log-probs of a trainer and an engine that compute in float32 differ by less, whatever order each adds in."""
@@ -129,7 +130,7 @@ def test_versions_only_grow(stages: Stages) -> None:
         stage.sync()
         expect("every engine is at the version of the sync", [stage.version] * len(stage.engines), _versions(stage))
     for version in (stage.version, stage.version - 1):
-        error = _refused(lambda version=version: stage.session.sync(version))  # type: ignore[misc]
+        error = errors_of(lambda version=version: stage.session.sync(version))  # type: ignore[misc]
         expect(f"version {version} is refused after {stage.version}", StaleVersionError.__name__, type(error).__name__)
     expect("a refused version changes nothing", [stage.version] * len(stage.engines), _versions(stage))
     stage.sync()
@@ -154,9 +155,9 @@ def test_a_torn_engine_serves_nothing(stages: Stages) -> None:
     stage.scramble()
     for index, engine in enumerate(stage.engines):
         expect(f"{engine.name} is dirty after a scramble", "dirty", stage.state(index).state)
-        error = _refused(lambda index=index: stage.generate(_PROMPTS, index))  # type: ignore[misc]
+        error = errors_of(lambda index=index: stage.generate(_PROMPTS, index))  # type: ignore[misc]
         expect(f"{engine.name} refuses to generate", DirtyError.__name__, type(error).__name__)
-        error = _refused(lambda index=index: stage.engine_scores(stage.sequences(), index))  # type: ignore[misc]
+        error = errors_of(lambda index=index: stage.engine_scores(stage.sequences(), index))  # type: ignore[misc]
         expect(f"{engine.name} refuses to score", DirtyError.__name__, type(error).__name__)
     stage.sync()
     _agrees(stage)
@@ -178,21 +179,7 @@ def test_training_right_after_a_publish_does_not_show(stages: Stages) -> None:
 
 @check("sync", needs=["trainer.live_storage", "transport.live_storage"])
 def test_weights_that_are_read_in_place_are_those_published(stages: Stages) -> None:
-    stage = stages(ranks=2 if stages.triple.claims("trainer").claims("multi_rank") else 1, sync={"publish": "barrier"})
-    for _ in range(3):
-        stage.train()
-        stage.scramble()
-        stage.sync()
-        stage.holds(stage.saved())
-    stage.version += 1
-    stage.session.publish(stage.version)
-    error = _refused(stage.train)
-    expect("training is refused while its weights are read in place", "LeaseError", type(error).__name__)
-    stage.session.pull(stage.version)
-    stage.session.install(stage.version)
-    stage.train()
-    stage.sync()
-    stage.holds(stage.saved())
+    publishes_in_place(_usual(stages))
 
 
 @check("sync")
@@ -267,14 +254,6 @@ def _same_text(stage: Stage, wanted: list[list[int]], which: str) -> None:
 
 def _versions(stage: Stage) -> list[int]:
     return [stage.state(index).version for index in range(len(stage.engines))]
-
-
-def _refused(call: Callable[[], Any]) -> RlbridgeError | None:
-    try:
-        call()
-    except RlbridgeError as error:
-        return error
-    return None
 
 
 def _smallest(stage: Stage) -> int:

@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlbridge.errors import LeaseError
 from rlbridge.roles.batch import decode, encode
 from rlbridge.sync.calls import Party
 from rlbridge.weights.layout import Layout, Region
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
-from rlbridge_conformance.members import errors_of
 from rlbridge_conformance.oracle import read_checkpoint
 from rlbridge_conformance.probes import usage
 from rlbridge_conformance.run import Stages
@@ -31,6 +29,7 @@ from rlbridge_conformance.suite.trainer_stages import (
     kind_of,
     most_ranks,
     moved,
+    publishes_in_place,
     same,
     stage_of,
     usual_stage,
@@ -160,21 +159,7 @@ def test_a_bfloat16_trainer_publishes_what_it_saves(stages: Stages) -> None:
 
 @check("contract", "trainer", needs=["trainer.live_storage"])
 def test_weights_read_in_place_are_those_of_now(stages: Stages) -> None:
-    stage = stages(ranks=most_ranks(stages), sync={"publish": "barrier"})
-    for _ in range(3):
-        stage.train()
-        stage.scramble()
-        stage.sync()
-        stage.holds(stage.saved())
-    stage.version += 1
-    stage.session.publish(stage.version)
-    error = errors_of(stage.train)
-    expect("training while the weights are read in place", LeaseError.__name__, type(error).__name__)
-    stage.session.pull(stage.version)
-    stage.session.install(stage.version)
-    stage.train()
-    stage.sync()
-    stage.holds(stage.saved())
+    publishes_in_place(stages(ranks=most_ranks(stages)))
 
 
 @check("contract", "trainer")

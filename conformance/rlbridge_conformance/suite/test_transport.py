@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def test_every_byte_arrives(stages: Stages, ranks: int, tp: int, engines: int) -
 def test_weights_that_are_read_in_place_arrive(stages: Stages) -> None:
     """Out of the parameters themselves: many blocks, and for each version the same ones."""
     stage = stages(ranks=2, engines=1, generator={"tp": 1})
-    with _session(stage, publish="barrier"):
+    with stage.another_session(publish="barrier"):
         for _ in range(3):
             stage.train()
             _arrives(stage)
@@ -396,18 +395,6 @@ def _arrives(stage: Stage) -> None:
 def _epoch(stage: Stage) -> None:
     stage.session.attach()
     stage.sync()
-
-
-@contextlib.contextmanager
-def _session(stage: Stage, **options: Any) -> Iterator[None]:
-    """Another session between the stage's parties, for as long as the context lasts: they take part in one at a time."""
-    usual, stage.session = stage.session, stage.session_with(**options)
-    usual.close()
-    try:
-        yield
-    finally:
-        stage.session.close()
-        stage.session = usual
 
 
 def _same(saved: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from rlbridge.errors import LeaseError
 from rlbridge.roles.batch import Sequences
 from rlbridge_conformance.checks import expect, holds
+from rlbridge_conformance.members import errors_of
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
 
@@ -45,6 +47,25 @@ def claim_ranks(stages: Stages, ranks: int) -> None:
     claims = stages.triple.claims("trainer")
     if ranks > 1 and not claims.claims("multi_rank"):
         pytest.skip(f"not claimed by the trainer {claims.backend.name}: multi_rank")
+
+
+def publishes_in_place(stage: Stage) -> None:
+    """Hold weights that are read where they lie to be those published, and training to be refused meanwhile."""
+    with stage.another_session(publish="barrier"):
+        for _ in range(3):
+            stage.train()
+            stage.scramble()
+            stage.sync()
+            stage.holds(stage.saved())
+        stage.version += 1
+        stage.session.publish(stage.version)
+        error = errors_of(stage.train)
+        expect("training while the weights are read in place", LeaseError.__name__, type(error).__name__)
+        stage.session.pull(stage.version)
+        stage.session.install(stage.version)
+        stage.train()
+        stage.sync()
+        stage.holds(stage.saved())
 
 
 def moved(before: Tensors, after: Tensors) -> bool:
