@@ -45,7 +45,8 @@ class Scene:
         engines: Engines.
         model: Which of the suite's models all of them load.
         bulk_mib: Size of the tensor that makes a transfer long; see `make_model`.
-        trainer, generator, transport: Options, before the user's.
+        trainer, generator: Options; the user's come before them.
+        transport: Options; they come before the user's, since a check that asks for a wire is about that wire.
         lr: Learning rate of the training between syncs.
     """
 
@@ -101,7 +102,7 @@ class Stage:
         self._options = {
             "trainer": triple.trainer.with_options({**scene.trainer, "workers": scene.ranks}).options,
             "generator": triple.generator.with_options({**scene.generator, "workers": scene.engines}).options,
-            "transport": triple.transport.with_options(scene.transport).options,
+            "transport": {**triple.transport.options, **scene.transport},
         }
         self.model = make_model(directory / "model", scene.model, bulk_mib=scene.bulk_mib)
         self._cast: list[Member] = []

@@ -23,7 +23,7 @@ RUNS = {
     "nixl": [*_NATIVE, "--transport", "nixl", "--level", "faults"],
     "self-test": ["--self-test"],
     "object_store": ["--transport", "object_store", "--level", "contract"],
-    "nixl write over tcp": ["--transport", "nixl", "transport.operation=write", "transport.wire=tcp"],
+    "nixl write over tcp": ["--transport", "nixl", "transport.operation=write", "transport.wire=tcp", "--level", "rdma"],
     "native over object_store": [*_NATIVE, "--transport", "object_store", "--from", "sync"],
     "rdt, gloo": [*_GLOO, "--level", "contract"],
     "native over rdt, gloo": [*_NATIVE, *_GLOO, "--from", "sync"],
