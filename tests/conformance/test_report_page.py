@@ -147,6 +147,12 @@ def test_matrix_has_a_row_for_each_triple_and_a_column_for_each_level() -> None:
     assert rows[4] == ["native", "nixl", "native", "conformant", "41 ✓", "-", "not claimed", "-", "-", "cma"]
 
 
+def test_matrix_tells_the_options_that_the_user_gave() -> None:
+    given = backend("nixl", options={"wire": "tcp", "a": 1})
+    rows = matrix_rows(matrix([result(check(), transport=given)]))
+    assert rows[2][1] == "nixl, a=1, wire=tcp"
+
+
 def test_matrix_is_the_same_in_any_order_and_ends_with_a_newline() -> None:
     several = [result(check(seconds=number), trainer=backend(name)) for number, name in enumerate("bab")]
     assert matrix(several) == matrix(several[::-1])

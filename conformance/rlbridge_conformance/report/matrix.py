@@ -27,7 +27,7 @@ This page was generated from the results of the conformance suite, by
 `{_COMMAND}`.
 
 A level holds how many checks passed (✓) and failed (✗), or why it did not run; `-` is a level that was not asked for. A backend
-in parentheses is the suite's own, in a role for which none was named.
+in parentheses is the suite's own, in a role for which none was named; options are those that the user gave.
 """
 _LONGEST_REASON = 80
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$^@!%&])")
@@ -73,7 +73,10 @@ def _triple(result: Result) -> tuple[str, str, str]:
 
 
 def _named(backend: BackendInfo | None) -> str:
-    return f"({backend.name})" if backend and backend.reference else name_of(backend)
+    if backend and backend.reference:
+        return f"({backend.name})"
+    options = ", ".join(f"{key}={value}" for key, value in sorted(backend.options.items())) if backend else ""
+    return f"{name_of(backend)}, {options}" if options else name_of(backend)
 
 
 def _level(result: Result, level: Level) -> str:
