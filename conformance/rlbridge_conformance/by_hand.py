@@ -29,6 +29,7 @@ from rlbridge.sync.messages import (
     Sent,
     Timed,
     TransportSpec,
+    Update,
     Verify,
     Wait,
     pack,
@@ -101,7 +102,7 @@ class ByHand:
 
     def install(self, flight: Flight) -> None:
         """Let every engine serve a version that was verified."""
-        self._ask(self.stage.engines, "update", pack(Wait(flight.version, _SECONDS)), Installed)
+        self._ask(self.stage.engines, "update", pack(Update(flight.version, _SECONDS)), Installed)
 
     def _carried(self, flight: Flight, engine: Member) -> dict[str, Any] | None:
         """What Ray brings to an engine, if the transport is one that Ray carries."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -99,12 +99,6 @@ def has_ranks_inside(count: int) -> None:
     holds(count > 0, "the generator claims ranks_inside: its ranks live in its own process", "a rank or more", count)
 
 
-@contextmanager
-def short(stage: Stage, **options: float) -> Iterator[None]:
-    """Short deadlines for the syncs within, or those `options`."""
-    before = stage.session.options
-    stage.session.options = stage.session_with(**(options or _SHORT)).options
-    try:
-        yield
-    finally:
-        stage.session.options = before
+def short(stage: Stage) -> AbstractContextManager[None]:
+    """Short deadlines for the syncs within."""
+    return stage.syncing(**_SHORT)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from rlbridge.roles.batch import Completion, Sampling, decode
-from rlbridge.roles.generator import Generator, PauseMode
+from rlbridge.roles.generator import PauseMode
 from rlbridge.roles.sink import WeightSink
 from rlbridge_conformance.probes import subscribers
 
@@ -16,17 +15,19 @@ _AMOUNT = 0.3
 
 
 def move(host: Any, part: str) -> None:
-    """Move those tensors of the suite's own trainer whose names hold `part`, and no others."""
-    noise = torch.Generator().manual_seed(len(part))
+    """Move those tensors of the suite's own trainer whose names hold `part`, and no others.
+
+    Each call takes back what the one before it has added to them: they go nowhere, however many checks move them.
+    """
+    moves: dict[str, int] = host.__dict__.setdefault("moves", {})
+    moves[part] = moves.get(part, 0) + 1
+    noise, before = (torch.Generator().manual_seed(100 * len(part) + count) for count in (moves[part], moves[part] - 1))
+    first = moves[part] == 1
     for name, tensor in host.trainer.tensors.items():
         if part in name:
-            tensor.add_((_AMOUNT * torch.randn(tensor.shape, generator=noise)).to(tensor.dtype))
-
-
-def generate_unguarded(host: Any, prompts: list[list[int]], sampling: bytes) -> list[Completion]:
-    """`Generator.generate`, past the engine's guard: it does not keep an update out."""
-    found: list[Completion] = host.serving.generator.generate(prompts, decode(sampling, Sampling))
-    return found
+            moved = torch.randn(tensor.shape, generator=noise)
+            moved -= 0 if first else torch.randn(tensor.shape, generator=before)
+            tensor.add_((_AMOUNT * moved).to(tensor.dtype))
 
 
 def pause(host: Any, mode: PauseMode) -> None:
@@ -37,31 +38,6 @@ def pause(host: Any, mode: PauseMode) -> None:
 def resume(host: Any) -> None:
     """`Generator.resume`."""
     host.serving.generator.resume()
-
-
-def hold_requests_at_updates(host: Any, hold: bool) -> None:
-    """Let updates hold running requests, or again wait for them. All else of an update is as the engine does it."""
-    engine = host.serving
-    if hold:
-        engine.generator = _Holding(engine.generator)
-    else:
-        engine.generator = engine.generator.held
-
-
-class _Holding:
-    """A generator to which every pause is one that keeps requests."""
-
-    def __init__(self, held: Generator[Any]) -> None:
-        self.__dict__["held"] = held
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.held, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.held, name, value)
-
-    def pause(self, mode: PauseMode) -> None:
-        self.held.pause("keep")
 
 
 def spoil_the_next_install(host: Any) -> int:

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 Kind = Literal["tied", "untied", "wide", "awkward"]
 
-VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD = 64, 32, 2, 4, 2, 8
+VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD = 64, 32, 2, 4, 2, 32
 INNER = {"tied": 48, "untied": 48, "wide": 4096, "awkward": 48}
 BULK_COLUMNS = 1024
 
 
 def make_model(path: Path, kind: Kind = "tied", *, seed: int = 0, bulk_mib: int = 0) -> Path:
-    """A Qwen3 of about 20,000 parameters, in float32.
+    """A Qwen3 of about 36,000 parameters, in float32.
 
     Args:
         path: The directory to make.

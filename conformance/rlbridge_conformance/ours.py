@@ -1,11 +1,11 @@
-"""What rlbridge's own transports claim beyond their capabilities."""
+"""What rlbridge's own backends claim beyond their capabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from rlbridge_conformance.requirements import TransportRequirements
+from rlbridge_conformance.requirements import GeneratorRequirements, TransportRequirements
 
 
 class NixlRequirements(TransportRequirements):
@@ -31,3 +31,12 @@ class RdtRequirements(TransportRequirements):
     def descriptors_an_epoch(self) -> int:
         """Over NIXL: when a source has released memory, Ray connects anew, and UCX keeps the connection of before."""
         return 1
+
+
+class ServedElsewhere(GeneratorRequirements):
+    """A generator whose ranks are processes of a serving engine."""
+
+    @property
+    def ranks_inside(self) -> bool:
+        """The subscribers live where the suite does not get."""
+        return False

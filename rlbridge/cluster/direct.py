@@ -33,6 +33,7 @@ from rlbridge.sync.messages import (
     Record,
     Timed,
     TransportSpec,
+    Update,
     Verify,
     Wait,
     pack,
@@ -150,7 +151,7 @@ class DirectGenerator:
         self._each("wait_pull", Wait(version, _SECONDS), Pulled)
         joined = b"".join(digests([by_segment[i] for i in range(len(plan.sources[0].segments))]))
         self._each("verify", Verify(version, [joined]), Timed)
-        result(self._engine.handle("update", pack(Wait(version, _SECONDS)))[0], Installed)
+        result(self._engine.handle("update", pack(Update(version, _SECONDS)))[0], Installed)
         return self._engine.version
 
     def _attach(self, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from rlbridge.errors import RlbridgeError, WireError, from_wire, to_wire
+from rlbridge.roles.generator import PauseMode
 from rlbridge.roles.transport import Copy, WireEvidence
 from rlbridge.weights.layout import Layout, Region, TensorMeta
 from rlbridge.weights.plan import SinkShare, SourceShare
@@ -146,6 +147,12 @@ class Wait(msgspec.Struct, frozen=True):
     version: int
     seconds: float
     epoch: str = ""
+
+
+class Update(Wait, frozen=True):
+    """Install `version` on every rank of an engine, whose running requests meanwhile are dealt with as `pause` says."""
+
+    pause: PauseMode = "wait"
 
 
 class Pulled(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import msgspec
 
 from rlbridge.errors import LayoutError, LeaseError, StaleVersionError, SyncError, TransportError
 from rlbridge.plugins import registry
+from rlbridge.roles.generator import PauseMode
 from rlbridge.roles.transport import Copy, Transport, WireEvidence
 from rlbridge.sync.calls import GRACE_SECONDS, Party, gather
 from rlbridge.sync.epoch import token
@@ -38,6 +39,7 @@ from rlbridge.sync.messages import (
     Sent,
     Timed,
     TransportSpec,
+    Update,
     Verify,
     Wait,
     pack,
@@ -63,6 +65,7 @@ class SyncOptions:
     lease_seconds: float = 120.0
     setup_seconds: float = 300.0
     late_seconds: float = 5.0
+    pause: PauseMode = "wait"
 
 
 @dataclass
@@ -220,8 +223,9 @@ class SyncSession:
         with self._fatal():
             # The update has a deadline of its own: cutting it off would leave the engine dirty for want of milliseconds.
             # And no engine is left alone with it because another one has failed.
+            update = Update(version, seconds, self._token(), self.options.pause)
             installed = self._all(
-                self.engines, "update", Wait(version, seconds, self._token()), Installed, "install",
+                self.engines, "update", update, Installed, "install",
                 time.monotonic() + seconds + self.options.late_seconds, version, grace=None,
             )  # fmt: skip
         self._flight = None

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 
 from rlbridge.errors import DeadlineError, DigestError, DirtyError, RlbridgeError, SyncError
-from rlbridge.sync.messages import Installed, Nothing, State, Wait
-from rlbridge_conformance.toy import ToyEngine
+from rlbridge.roles.batch import Completion, Sampling
+from rlbridge.roles.generator import PauseMode
+from rlbridge.sync.messages import Installed, Nothing, State, Update
+from rlbridge_conformance.toy import ToyEngine, ToyGenerator
 from tests.sync.stage import Stage, ask
 
 Make = Callable[..., Stage]
@@ -109,13 +112,65 @@ def test_an_update_waits_for_what_is_being_generated(make_stage: Make) -> None:
     assert report.phases["pause"] < 0.4  # the wait is no pause: the engine generates meanwhile
 
 
+def test_an_update_that_holds_requests_does_not_wait_for_their_end(make_stage: Make) -> None:
+    stage = make_stage(pause="keep")
+    stage.sync(1)
+    stage.engines[0].do("apply", speak_slowly)
+    generating = stage.engines[0].begin("apply", spoken_versions)
+    time.sleep(0.3)
+    stage.sync(2)
+    assert not generating.done()
+    assert sorted(set(generating.result(10))) == [1, 2]
+
+
+def test_an_update_that_aborts_requests_leaves_them_their_tokens(make_stage: Make) -> None:
+    stage = make_stage(pause="abort")
+    stage.sync(1)
+    stage.engines[0].do("apply", speak_slowly)
+    generating = stage.engines[0].begin("apply", spoken_versions)
+    time.sleep(0.3)
+    stage.sync(2)
+    versions = generating.result(10)
+    assert set(versions) == {1}
+    assert len(versions) < WORDS
+    assert stage.serve(2)
+
+
+def test_requests_that_an_update_held_end_when_it_fails(make_stage: Make) -> None:
+    stage = make_stage(pause="keep")
+    stage.sync(1)
+    engine = stage.engines[0]
+    engine.do("apply", speak_slowly)
+    generating = engine.begin("apply", spoken_versions)
+    time.sleep(0.3)
+    engine.do("break_install", True)
+    with pytest.raises(RlbridgeError, match="stopped half-way"):
+        stage.sync(2)
+    with pytest.raises(DirtyError):
+        generating.result(10)
+    engine.do("break_install", False)
+    stage.sync(3)
+    assert set(engine.do("apply", spoken_versions)) == {3}
+
+
+@pytest.mark.parametrize("pause", ["wait", "keep", "abort"])
+def test_no_update_comes_into_a_score(make_stage: Make, pause: str) -> None:
+    stage = make_stage(pause=pause, deadline_seconds=0.5)
+    stage.sync(1)
+    scoring = stage.engines[0].begin("apply", busy_for, 1.5, "score")
+    with pytest.raises(DeadlineError, match="was busy"):
+        stage.sync(2)
+    scoring.result(10)
+    assert stage.serve(1)
+
+
 def test_a_stale_update_touches_nothing(make_stage: Make) -> None:
     stage = make_stage()
     stage.sync(3)
     engine = stage.engines[0]
     for version in (2, 3):
         with pytest.raises(SyncError, match="not newer"):
-            ask(engine, "update", Wait(version, 5.0), Installed)
+            ask(engine, "update", Update(version, 5.0), Installed)
     assert stage.serve(3)
 
 
@@ -123,7 +178,39 @@ def invalidated(engine: ToyEngine) -> int:
     return engine.generator.invalidated
 
 
-def busy_for(engine: ToyEngine, seconds: float) -> None:
-    """Generate for so long."""
-    with engine.engine._busy:
+def busy_for(engine: ToyEngine, seconds: float, call: Literal["generate", "score"] = "generate") -> None:
+    """Generate, or score, for so long."""
+    with engine.engine._called(call):
         time.sleep(seconds)
+
+
+WORDS = 200
+
+
+class SlowGenerator(ToyGenerator):
+    """One that says `WORDS` words, one every 5 ms, and can be paused in every way."""
+
+    paused = ""
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        versions: list[int] = []
+        while len(versions) < WORDS and self.paused != "abort":
+            time.sleep(0.005)
+            if not self.paused:
+                versions.append(self.version)
+        return [Completion([7] * len(versions), [0.0] * len(versions), versions, "length")]
+
+    def pause(self, mode: PauseMode = "wait") -> None:
+        self.paused = mode
+        time.sleep(0.02)
+
+    def resume(self) -> None:
+        self.paused = ""
+
+
+def speak_slowly(engine: ToyEngine) -> None:
+    engine.generator.__class__ = SlowGenerator
+
+
+def spoken_versions(engine: ToyEngine) -> list[int]:
+    return engine.engine.generate([[1]], Sampling(max_tokens=WORDS))[0].versions

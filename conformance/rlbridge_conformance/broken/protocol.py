@@ -22,6 +22,7 @@ from rlbridge.sync.messages import (
     Pulled,
     State,
     Timed,
+    Update,
     Wait,
     answer,
 )
@@ -47,7 +48,7 @@ class ServesWhatIsTorn(Engine):
 class InstallsOldVersions(Engine):
     """Does not look whether a version is newer than its own."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         version, self.version = self.version, 0
         try:
             return super()._replace_weights(message)
@@ -59,7 +60,7 @@ class InstallsOldVersions(Engine):
 class ServesAfterAFailedUpdate(Engine):
     """Is ready again after an update that failed."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         try:
             return super()._replace_weights(message)
         except Exception:
@@ -72,7 +73,7 @@ class ServesAfterAFailedUpdate(Engine):
 class ServesAfterARefusedUpdate(Engine):
     """Is ready again after an update that its ranks refused."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         try:
             return super()._replace_weights(message)
         except DigestError:
@@ -87,7 +88,7 @@ class ServesAfterARefusedUpdate(Engine):
 class KeepsItsCaches(Engine):
     """Drops no caches when it installs a version."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         self.generator.invalidate_caches = _nothing  # type: ignore[method-assign]
         return super()._replace_weights(message)
 
@@ -100,7 +101,7 @@ def _nothing() -> None:
 class DoesNotTellItsVersion(Engine):
     """Does not tell the generator which version it serves."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         told = self.generator.version
         installed = super()._replace_weights(message)
         self.generator.version = told
@@ -111,7 +112,7 @@ class DoesNotTellItsVersion(Engine):
 class StaysPaused(Engine):
     """Does not resume after an update."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         installed = super()._replace_weights(message)
         self.generator.pause("wait")
         return installed
@@ -121,7 +122,7 @@ class StaysPaused(Engine):
 class EndsItsPauseLate(Engine):
     """Does not resume before a while after an update."""
 
-    def _replace_weights(self, message: Wait) -> Installed:
+    def _replace_weights(self, message: Update) -> Installed:
         installed = super()._replace_weights(message)
         self.generator.pause("wait")
         if (before := self.__dict__.get("timer")) is not None:

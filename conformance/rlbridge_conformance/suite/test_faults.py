@@ -173,10 +173,9 @@ def test_nothing_is_written_once_a_transfer_is_settled(stages: Stages) -> None:
     stage = stages(ranks=2, model="awkward", bulk_mib=32, trainer={"keep_dtypes": True}, generator={"keep_dtypes": True})
     old = serving(stage)
     stage.train()
-    with short(stage, deadline_seconds=5.0):
-        stage.version += 1
-        stage.session.publish(stage.version)
-        stage.session.options = stage.session_with(deadline_seconds=0.002, late_seconds=5.0).options
+    stage.version += 1
+    stage.session.publish(stage.version)
+    with stage.syncing(deadline_seconds=0.002, late_seconds=5.0):
         attempt(lambda: stage.session.pull(stage.version))
     _eventually_none(stage, pulling)
     _eventually_none(stage, unsettled)

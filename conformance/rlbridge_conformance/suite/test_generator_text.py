@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from rlbridge.roles.batch import Completion, Sampling, Sequences, encode, pad_sequences
-from rlbridge.sync.messages import TransportSpec
+from rlbridge.sync.messages import TransportSpec, result
 from rlbridge.sync.session import SyncSession
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
-from rlbridge_conformance.inside import generate_unguarded, hold_requests_at_updates, move, pause, resume
+from rlbridge_conformance.inside import move, pause, resume
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
 
@@ -265,20 +265,16 @@ def _served_meanwhile(stage: Stage, wire: dict[str, Any]) -> bool:
 
 def _interrupted(stage: Stage, temperature: float, part: float) -> list[Completion]:
     """Completions of `_SHORT`, with an update after that part of the usual time; requests are held while it is installed."""
-    (engine,) = stage.engines
     _, seconds = _timed(stage, temperature)
     stage.trainers[0].apply(move, "")
     stage.version += 1
     stage.session.publish(stage.version)
     stage.session.pull(stage.version)
-    engine.apply(hold_requests_at_updates, True)
-    try:
-        begun = _begin(stage, temperature)
-        time.sleep(seconds * part)
+    begun = _begin(stage, temperature)
+    time.sleep(seconds * part)
+    with stage.syncing(pause="keep"):
         stage.session.install(stage.version)
-        return _ended(begun, "requests that were held end after the update")
-    finally:
-        engine.apply(hold_requests_at_updates, False)
+    return _ended(begun, "requests that were held end after the update")
 
 
 def _holds_tokens(stage: Stage, said: Sequence[Completion], state: str) -> None:
@@ -333,19 +329,20 @@ def _timed(stage: Stage, temperature: float = 0.0) -> tuple[list[list[int]], flo
     return text, time.monotonic() - start
 
 
-def _begin(stage: Stage, temperature: float = 0.0, *, tokens: int = _TOKENS) -> Future[list[Completion]]:
+def _begin(stage: Stage, temperature: float = 0.0, *, tokens: int = _TOKENS) -> Future[bytes]:
     packed = encode(Sampling(max_tokens=tokens, temperature=temperature, seed=4))
-    return stage.engines[0].begin("apply", generate_unguarded, _SHORT, packed)
+    return stage.engines[0].begin("generate", _SHORT, packed)
 
 
-def _ended(begun: Future[list[Completion]], what: str) -> list[Completion]:
+def _ended(begun: Future[bytes], what: str) -> list[Completion]:
     try:
-        return begun.result(_ANSWER_SECONDS)
+        found: list[Completion] = result(begun.result(_ANSWER_SECONDS), list[Completion])
+        return found
     except FutureTimeoutError as error:
         raise Mismatch(what, "an end", f"none within {_ANSWER_SECONDS:g} s") from error
 
 
-def _settles(begun: Future[list[Completion]], seconds: float) -> bool:
+def _settles(begun: Future[bytes], seconds: float) -> bool:
     try:
         begun.result(seconds)
     except FutureTimeoutError:

@@ -65,16 +65,15 @@ def test_an_epoch_begins_after_a_link_was_down(stages: Stages) -> None:
     with Link(proxy=True) as link:
         stage = over(link, stages)
         old = serving(stage)
-        stage.session.options = stage.session_with(setup_seconds=1.5, deadline_seconds=1.5, late_seconds=0.5).options
         stage.session.replace(stage.trainers[0].party)  # by itself: the sync begins a new epoch
         link.cut()
         try:
-            error = attempt(stage.sync)
+            with stage.syncing(setup_seconds=1.5, deadline_seconds=1.5, late_seconds=0.5):
+                error = attempt(stage.sync)
             holds(error is not None, "no epoch begins over a link that is down", "an error", "a sync that succeeded")
             whole(stage, stage.engines, old)
         finally:
             link.mend()
-        stage.session.options = stage.session_with().options
         recovers(stage)
 
 
@@ -123,10 +122,8 @@ def _names(_host: Any) -> list[str]:
 @contextmanager
 def _pulling(stage: Stage) -> Iterator[Future[Any]]:
     """A pull of the published version, on its way."""
-    with ThreadPoolExecutor(1) as pool:
-        stage.session.options = stage.session_with(deadline_seconds=1.5, late_seconds=1.0).options
+    with stage.syncing(deadline_seconds=1.5, late_seconds=1.0), ThreadPoolExecutor(1) as pool:
         yield pool.submit(lambda: attempt(lambda: stage.session.pull(stage.version)))
-    stage.session.options = stage.session_with().options
 
 
 def _disturb(stage: Stage, link: Link, fault: str) -> RlbridgeError | None:

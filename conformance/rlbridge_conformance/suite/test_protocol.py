@@ -10,7 +10,7 @@ import msgspec
 from rlbridge.errors import DigestError, DirtyError, LeaseError, QuarantineError, StaleVersionError, SyncError
 from rlbridge.roles.batch import Completion, Sampling, encode
 from rlbridge.sync.calls import Party
-from rlbridge.sync.messages import Acknowledge, Digests, Publish, Pull, Wait, answer, pack, result
+from rlbridge.sync.messages import Acknowledge, Digests, Publish, Pull, Update, Wait, answer, pack, result
 from rlbridge_conformance.checks import check, expect, holds
 from rlbridge_conformance.disturbed import has_ranks_inside
 from rlbridge_conformance.inside import spoil_the_next_install
@@ -46,7 +46,7 @@ def test_an_engine_refuses_an_old_version(stages: Stages) -> None:
     text = _text(stage)
     for version in (stage.version, stage.version - 1):
         for index, engine in enumerate(stage.engines):
-            _refuses(engine, "update", Wait(version, 1.0), StaleVersionError)
+            _refuses(engine, "update", Update(version, 1.0), StaleVersionError)
             expect(f"{engine.name} goes on serving", "ready", stage.state(index).state)
     expect("it says what it said before", text, _text(stage))
 
@@ -66,7 +66,7 @@ def test_calls_of_another_epoch_are_refused(stages: Stages) -> None:
 def test_a_failed_update_is_not_served(stages: Stages) -> None:
     stage = _synced(stages)
     for index, engine in enumerate(stage.engines):
-        _refuses(engine, "update", Wait(stage.version + 1, 1.0), SyncError)
+        _refuses(engine, "update", Update(stage.version + 1, 1.0), SyncError)
         expect(f"{engine.name} is dirty after an update that failed", "dirty", stage.state(index).state)
         refused = errors_of(lambda index=index: stage.generate(_PROMPTS, index))  # type: ignore[misc]
         expect(f"{engine.name} refuses to generate", DirtyError.__name__, type(refused).__name__)

@@ -81,7 +81,7 @@ def test_copies_of_any_size_arrive(stages: Stages) -> None:
 
 @check("contract", "transport")
 def test_nothing_is_written_between_the_copies(stages: Stages) -> None:
-    stage = _usual(stages)
+    stage = stages(trainer={"keep_dtypes": True}, **_AWKWARD)
     with copies(by_hand.one_a_tensor):
         stage.session.attach()
     engine = stage.engines[0]
