@@ -19,6 +19,7 @@ from rlbridge.errors import DeadlineError, RlbridgeError
 from rlbridge.sync.calls import Party
 from rlbridge.sync.messages import result
 from rlbridge_conformance.hosts import GeneratorHost, TrainerHost, host
+from rlbridge_conformance.nursery import Nursery
 from rlbridge_conformance.processes import ProcessParty
 
 ANSWER_SECONDS = 60.0
@@ -91,11 +92,12 @@ class ProcessMember(Member):
         backend: str,
         protocol: str,
         env: Mapping[str, str],
+        nursery: Nursery,
         prepare: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         build = functools.partial(host, kind, backend, protocol, dict(env), prepare)
-        self._party = ProcessParty(name, build, "forkserver")
+        self._party = ProcessParty(name, build, nursery)
 
     @property
     def party(self) -> Party:

@@ -11,12 +11,13 @@ import queue
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 from rlbridge.errors import PeerLostError
+from rlbridge_conformance.nursery import Nursery
 
 _Call = tuple[int, str, tuple[Any, ...], dict[str, Any]]
 
@@ -28,20 +29,15 @@ class ProcessParty:
         name: The party's name in the session.
         build: Called in the child. Returns an object whose `handle(method, payload)` returns one reply or a list of them; its
             other methods can be called with `do`.
-        method: How the process comes to be. A "fork" has what this process has imported, and its threads' locks as they are;
-            a child of the "forkserver" (see `preload`) has a clean state, and can be had while Ray runs here.
+        nursery: What the process is forked off: it has a clean state, and can be had while Ray runs here. By default it is
+            this process, with its threads' locks as they are.
     """
 
-    def __init__(self, name: str, build: Callable[[], Any], method: Literal["fork", "forkserver"] = "fork") -> None:
+    def __init__(self, name: str, build: Callable[[], Any], nursery: Nursery | None = None) -> None:
         self.name = name
-        context: Any = multiprocessing.get_context(method)
-        ours, theirs = context.Pipe()
-        self._connection: Connection = ours
-        parents = ours if method == "fork" else None  # the forkserver's children never had it
-        self._process = context.Process(target=_serve, args=(build, parents, theirs), name=name)
-        self._process.start()
+        self._process = _Fork(name, build) if nursery is None else nursery.child(build)
+        self._connection: Connection = self._process.connection
         _parties.add(self)
-        theirs.close()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Any]] = {}
@@ -53,7 +49,7 @@ class ProcessParty:
     @property
     def pid(self) -> int:
         """The child's process id."""
-        return int(self._process.pid)
+        return self._process.pid
 
     @property
     def actor(self) -> Any:
@@ -82,8 +78,7 @@ class ProcessParty:
 
     def stop(self) -> None:
         """End the child, stopped or not, and wait for it."""
-        self._process.kill()
-        self._process.join(10)
+        self._process.kill(10)
         self._calls.put(None)
 
     def _send(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[Any]:
@@ -138,15 +133,29 @@ def _stop_all() -> None:
             party.stop()
 
 
-def preload(modules: Sequence[str]) -> None:
-    """What every child of the forkserver finds imported. Call it before the first of them."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+class _Fork:
+    """A fork of this process, with a pipe."""
+
+    def __init__(self, name: str, build: Callable[[], Any]) -> None:
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_in_fork, args=(build, self.connection, theirs), name=name)
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+        theirs.close()
+
+    def kill(self, seconds: float) -> None:
+        self._process.kill()
+        self._process.join(seconds)
 
 
-def _serve(build: Callable[[], Any], parents: Connection | None, connection: Connection) -> None:
+def _in_fork(build: Callable[[], Any], parents: Connection, connection: Connection) -> None:
+    parents.close()  # so that the end of the parent is the end of the pipe
+    serve(build, connection)
+
+
+def serve(build: Callable[[], Any], connection: Connection) -> None:
     """The child: answers calls on threads of its own, as an actor with several threads does."""
-    if parents is not None:
-        parents.close()  # so that the end of the parent is the end of the pipe
     target = build()
     lock = threading.Lock()
 

@@ -21,7 +21,7 @@ from rlbridge_conformance.checks import Check, Mismatch, in_full
 from rlbridge_conformance.faults import SuiteError
 from rlbridge_conformance.faults.machine import lacks
 from rlbridge_conformance.levels import LEVELS, ROLES, Level, Role
-from rlbridge_conformance.processes import preload
+from rlbridge_conformance.places import Places
 from rlbridge_conformance.report import Check as Ended
 from rlbridge_conformance.report import Result, State, verdict_line, write_report
 from rlbridge_conformance.requirements import check_claims
@@ -127,12 +127,11 @@ class Run:
         self._on_ray: contextlib.ExitStack | None = None
         self._seconds: dict[str, float] = {}
         for role in ROLES:
-            registry().load(role, self.triple.choice(role).name)  # unknown, or not installed: before anything starts
             check_claims(type(self.triple.claims(role)), _check_names())
             self.triple.validated(role, self.triple.choice(role).options)
-        # Recording a loader enters a torch dispatch mode, which imports torch._dynamo: a second in each new engine.
+        registry().load("transport", self.triple.transport.name)
+        self._places = Places(self.triple)
         self._directory = tempfile.TemporaryDirectory(prefix="rlbridge-conform-")
-        preload(["rlbridge_conformance.hosts", "torch._dynamo", *self._modules()])
 
     # What pytest asks
 
@@ -199,6 +198,7 @@ class Run:
     def finish(self, *, ended: bool = True) -> None:
         """End every process, and write the report where one is wanted and the run has come to its end."""
         self._drop_stages()
+        self._places.close()
         if self._on_ray is not None:
             self._on_ray.close()
         if ended:
@@ -233,9 +233,8 @@ class Run:
         if carrier == "ray" and self._on_ray is None:
             self._on_ray = _ray()
         self._made += 1
-        return Stage(
-            triple, scene, carrier, Path(self._directory.name) / f"stage-{self._made}", self.settings.protocol, prepare
-        )
+        directory = Path(self._directory.name) / f"stage-{self._made}"
+        return Stage(triple, scene, carrier, directory, self._places, self.settings.protocol, prepare)
 
     def close(self, stage: Stage) -> None:
         """End a stage of one's own."""
@@ -272,12 +271,6 @@ class Run:
                 if ident in known:
                     return known[ident]
         return None
-
-    def _modules(self) -> list[str]:
-        """The backends' modules: a clean process imports them once, and the others are forked off it."""
-        if lacks("cuda") is None:
-            return []  # a module that looks at CUDA when it is imported breaks in forks
-        return [registry().backend(role, self.triple.choice(role).name).load.partition(":")[0] for role in ROLES]
 
 
 class Stages:

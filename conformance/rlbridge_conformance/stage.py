@@ -26,9 +26,11 @@ from rlbridge.sync.messages import Box, Described, Held, Nothing, Read, State, T
 from rlbridge.sync.report import SyncReport
 from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge_conformance.hosts import GeneratorHost, TrainerHost
+from rlbridge_conformance.levels import Role
 from rlbridge_conformance.members import ActorMember, Member, ProcessMember
 from rlbridge_conformance.models import VOCABULARY, Kind, make_model
 from rlbridge_conformance.oracle import compare, read_checkpoint
+from rlbridge_conformance.places import Places
 from rlbridge_conformance.triple import Triple
 
 Carrier = Literal["processes", "ray"]
@@ -80,6 +82,7 @@ class Stage:
         scene: How many of them, with what.
         carrier: What the parties run in.
         directory: A directory of its own.
+        places: Where the processes of each role run.
         protocol: For backends that are broken on purpose.
         prepare: By role, what is done to a plain process before anything else.
     """
@@ -90,13 +93,14 @@ class Stage:
         scene: Scene,
         carrier: Carrier,
         directory: Path,
+        places: Places,
         protocol: Protocol = Protocol(),
         prepare: Mapping[str, Callable[[], None]] | None = None,
     ) -> None:
         self.triple, self.scene, self.carrier, self.directory = triple, scene, carrier, directory
         self.version = 0
         self.reports: list[SyncReport] = []
-        self._protocol, self._prepare = protocol, dict(prepare or {})
+        self._places, self._protocol, self._prepare = places, protocol, dict(prepare or {})
         self._numbers = itertools.count(1)
         self._steps = itertools.count(1)
         self._options = {
@@ -211,6 +215,15 @@ class Stage:
             self.session.close()
             self.session = usual
 
+    @contextlib.contextmanager
+    def syncing(self, **options: Any) -> Iterator[None]:
+        """The syncs within have these of the session's options; `publish` counts from the next epoch on."""
+        usual, self.session.options = self.session.options, self.session_with(**options).options
+        try:
+            yield
+        finally:
+            self.session.options = usual
+
     def session_with(self, **options: Any) -> SyncSession:
         """Another session between the same parties."""
         settings = {"deadline_seconds": 30.0, "setup_seconds": 60.0, **options}
@@ -311,22 +324,24 @@ class Stage:
     def _new_engine(self, index: int) -> Member:
         return self._member("generator", f"generator[{index}]")
 
-    def _member(self, role: str, name: str, carrier: Carrier | None = None) -> Member:
+    def _member(self, role: Role, name: str, carrier: Carrier | None = None) -> Member:
         kind: Any = TrainerHost if role == "trainer" else GeneratorHost
         backend = self.triple.trainer.name if role == "trainer" else self.triple.generator.name
         protocol = self._protocol.publisher if role == "trainer" else self._protocol.engine
         member: Member
         if (carrier or self.carrier) == "processes":
             prepare = self._prepare.get(name) or self._prepare.get(role)
-            member = ProcessMember(kind, name, backend, protocol, environment(), prepare)
+            nursery = self._places.nursery(self._places.of(self.triple, role))
+            member = ProcessMember(kind, name, backend, protocol, environment(), nursery, prepare)
         else:
             member = ActorMember(kind, name, backend, protocol, self._actor_options(role))
         self._cast.append(member)
         return member
 
-    def _actor_options(self, role: str) -> dict[str, Any]:
-        resources = self.triple.validated(role, self._options[role]).resources  # type: ignore[arg-type]
-        made: dict[str, Any] = {"num_cpus": 0.01, "num_gpus": resources.gpus, "runtime_env": {"env_vars": environment()}}
+    def _actor_options(self, role: Role) -> dict[str, Any]:
+        resources = self.triple.validated(role, self._options[role]).resources
+        env = self._places.of(self.triple, role).runtime_env(environment())
+        made: dict[str, Any] = {"num_cpus": 0.01, "num_gpus": resources.gpus, "runtime_env": env}
         return made | ({"accelerator_type": resources.accelerator} if resources.accelerator else {})
 
     def _setup(self, trainers: Sequence[Member], engines: Sequence[Member], first: int = 0) -> None:
