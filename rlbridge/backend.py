@@ -49,6 +49,7 @@ class Backend:
         capabilities: What it declares.
         distribution: The distribution whose version is shown; rlbridge's own by default.
         requirements: "module:Class" of what it claims of the conformance suite; by default what its capabilities say.
+        environments: Names of the environments that it has been tested in, best first.
     """
 
     name: str
@@ -60,3 +61,4 @@ class Backend:
     capabilities: frozenset[Capability] = frozenset()
     distribution: str = "rlbridge"
     requirements: str = ""
+    environments: tuple[str, ...] = ()

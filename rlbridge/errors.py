@@ -64,6 +64,10 @@ class PluginError(RlbridgeError):
     exit_code = 2
 
 
+class BuildError(RlbridgeError):
+    """An environment could not be built, locked or removed."""
+
+
 class ResourceError(RlbridgeError):
     """The cluster cannot give what the run asks for, or lost it."""
 

@@ -14,6 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from rlbridge.backend import Backend
+    from rlbridge.environment import Environment
     from rlbridge.rl.run import Run
     from rlbridge.sync.report import SyncReport
 
@@ -64,6 +65,15 @@ def rlbridge_models() -> Sequence[Backend]:
     Face model directory at `path`, with `prompts.jsonl` and `held_out.jsonl` in it.
 
     Called when a process first looks a backend up. Since 0.1.
+    """
+    return ()
+
+
+@hookspec
+def rlbridge_environments() -> Sequence[Environment]:
+    """Environments that the plugin's backends can run in.
+
+    Called when a process first looks one up. Since 0.1.
     """
     return ()
 

@@ -12,14 +12,16 @@ import functools
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pluggy
 
 from rlbridge import hookspecs
 from rlbridge.backend import Backend
+from rlbridge.environment import Environment
 from rlbridge.errors import PluginError
 from rlbridge.importing import distribution_version, extras, import_target, install_hint, is_target, missing_module
 
@@ -37,7 +39,12 @@ _BUILT_IN = {
     "rlbridge_native": "rlbridge_native",
     "rlbridge_nixl": "rlbridge_nixl",
     "rlbridge_ray": "rlbridge_ray",
+    "rlbridge_vllm": "rlbridge_vllm",
+    "rlbridge_sglang": "rlbridge_sglang",
+    "rlbridge_openai": "rlbridge_openai",
 }
+_ENVIRONMENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # it begins the name of a directory
+_FILE_TARGET = re.compile(r"[^\W\d][\w.]*:[\w][\w./-]*")
 _BASE_OPTIONS = {
     "trainer": "rlbridge.roles.trainer:TrainerOptions",
     "generator": "rlbridge.roles.generator:GeneratorOptions",
@@ -61,7 +68,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Row:
-    """One backend as `rlbridge plugins` shows it; `reason` says why it is not importable."""
+    """One backend as `rlbridge plugins` shows it; `reason` says why it is not importable, `environments` where it would be."""
 
     role: Role
     name: str
@@ -72,6 +79,7 @@ class Row:
     summary: str
     importable: bool
     reason: str
+    environments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,9 +122,10 @@ class Registry:
         self.manager.add_hookspecs(hookspecs)
         self.broken: list[Broken] = []
         self._entries: dict[Role, list[_Entry]] = {role: [] for role in get_args(Role)}
+        self._environments: list[tuple[Environment, str]] = []
         for source in sources:
             try:
-                found = self._register(source)
+                found, environments = self._register(source)
             # A plugin is a stranger's code: whatever it raises, even SystemExit, must not take the other plugins down.
             except (Exception, SystemExit) as error:
                 broken = _broken(source, error)
@@ -126,6 +135,9 @@ class Registry:
             else:
                 for role, backend in found:
                     self._entries[role].append(_Entry(backend, source.name, _shown_distribution(backend, source)))
+                for environment in environments:
+                    brought_by = _shown_distribution(environment, source) or "rlbridge"
+                    self._environments.append((replace(environment, distribution=brought_by), source.name))
 
     def backend(self, role: Role, name: str) -> Backend:
         """The backend of that name.
@@ -172,18 +184,37 @@ class Registry:
         """Why the backend could not be imported here, or None. Looks for modules and imports none."""
         return _missing(self.backend(role, name))
 
+    def environment(self, name: str) -> Environment:
+        """The environment of that name.
+
+        Raises:
+            PluginError: there is none, or two plugins bring one.
+        """
+        found = [(environment, plugin) for environment, plugin in self._environments if environment.name == name]
+        if len(found) > 1:
+            plugins = " and ".join(plugin for _, plugin in found)
+            raise PluginError(f"the environment {name!r} is registered twice, by {plugins}", todo="uninstall one of them")
+        if not found:
+            known = sorted({environment.name for environment, _ in self._environments})
+            raise PluginError(f"no environment is named {name!r}{_did_you_mean(name, known)}", todo=self._known(known))
+        return found[0][0]
+
+    def environments(self) -> list[Environment]:
+        """Every environment, in the order of the plugins."""
+        return [environment for environment, _ in self._environments]
+
     def listing(self) -> list[Row]:
         """Every backend, in the order of the roles and then of the plugins."""
         return [_row(role, entry) for role, entries in self._entries.items() for entry in entries]
 
-    def _register(self, source: Source) -> list[tuple[Role, Backend]]:
+    def _register(self, source: Source) -> tuple[list[tuple[Role, Backend]], list[Environment]]:
         if self.manager.has_plugin(source.name):
             raise PluginError("another plugin has the same name")
         plugin = source.import_plugin()
         try:
             self.manager.register(plugin, source.name)
             self.manager.check_pending()  # a misspelt hook would otherwise never be called
-            return list(self._backends(plugin))
+            return list(self._backends(plugin)), list(self._environments_of(plugin))
         except BaseException:
             # pluggy leaves a plugin that failed its validation registered, with the hooks that came before the bad one.
             if self.manager.has_plugin(source.name):
@@ -191,21 +222,28 @@ class Registry:
             raise
 
     def _backends(self, plugin: object) -> Iterator[tuple[Role, Backend]]:
-        others = [other for other in self.manager.get_plugins() if other is not plugin]
         for role in self._entries:
             hook = f"rlbridge_{role}s"
-            for backends in self.manager.subset_hook_caller(hook, others)():
-                yield from ((role, _checked(backend, hook)) for backend in backends)
+            yield from ((role, _checked(backend, hook)) for backend in self._answers(plugin, hook))
+
+    def _environments_of(self, plugin: object) -> Iterator[Environment]:
+        hook = "rlbridge_environments"
+        yield from (_checked_environment(environment, hook) for environment in self._answers(plugin, hook))
+
+    def _answers(self, plugin: object, hook: str) -> Iterator[object]:
+        others = [other for other in self.manager.get_plugins() if other is not plugin]
+        for answer in self.manager.subset_hook_caller(hook, others)():
+            yield from answer
 
     def _unknown(self, role: Role, name: str) -> PluginError:
         entries = {entry.backend.name: entry.backend for entry in self._entries[role]}
-        near = difflib.get_close_matches(name, entries, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        todo = [f"known: {', '.join(sorted(entries)) or 'none'}"]
-        todo += [install_hint(entries[other].extra) for other in near if _missing(entries[other])]
-        todo += [install_hint(name)] if name in extras() else []
-        todo += [f"or the plugin that brings it is broken: {broken}" for broken in self.broken]
-        return PluginError(f"no {role} is named {name!r}{hint}", todo="\n  ".join(filter(None, todo)))
+        hints = [install_hint(entries[other].extra) for other in _near(name, entries) if _missing(entries[other])]
+        hints += [install_hint(name)] if name in extras() else []
+        return PluginError(f"no {role} is named {name!r}{_did_you_mean(name, entries)}", todo=self._known(entries, hints))
+
+    def _known(self, names: Iterable[str], hints: Iterable[str] = ()) -> str:
+        broken = [f"or the plugin that brings it is broken: {broken}" for broken in self.broken]
+        return "\n  ".join(filter(None, [f"known: {', '.join(sorted(names)) or 'none'}", *hints, *broken]))
 
 
 def _built_in_sources() -> Iterator[Source]:
@@ -237,8 +275,31 @@ def _checked(backend: object, hook: str) -> Backend:
     return backend
 
 
-def _shown_distribution(backend: Backend, source: Source) -> str:
-    return source.distribution if backend.distribution == "rlbridge" else backend.distribution
+def _checked_environment(environment: object, hook: str) -> Environment:
+    if not isinstance(environment, Environment):
+        raise PluginError(f"{hook} returned {environment!r}, which is no rlbridge.Environment")
+    if not _ENVIRONMENT_NAME.fullmatch(environment.name):
+        raise PluginError(f"{hook}: {environment.name!r} is no name for an environment: a-z, 0-9, dots and dashes are")
+    for target in filter(None, (environment.lock or "no lock", environment.site)):
+        if not _FILE_TARGET.fullmatch(target):
+            raise PluginError(f"{hook}: {target!r} of the environment {environment.name!r} is not of the form package:file")
+    for field in ("requirements", "overrides", "no_deps", "modules"):
+        if isinstance(getattr(environment, field), str):
+            raise PluginError(f"{hook}: {field} of the environment {environment.name!r} is a string, and no tuple of them")
+    return environment
+
+
+def _near(name: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(names), n=3)
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    near = _near(name, names)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _shown_distribution(brought: Backend | Environment, source: Source) -> str:
+    return source.distribution if brought.distribution == "rlbridge" else brought.distribution
 
 
 def _missing(backend: Backend) -> str | None:
@@ -261,4 +322,5 @@ def _row(role: Role, entry: _Entry) -> Row:
         summary=backend.summary,
         importable=reason is None,
         reason=reason or "",
+        environments=backend.environments,
     )

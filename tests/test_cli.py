@@ -64,6 +64,7 @@ def test_plugin_of_another_distribution_is_listed(tmp_path: Path) -> None:
         "summary": "Always one.",
         "importable": True,
         "reason": "",
+        "environments": [],
     } in content["backends"]
 
 
@@ -114,7 +115,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("config", "plugins", "run"))
+    assert all(name in shown for name in ("config", "env", "plugins", "run"))
 
 
 def test_wrong_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-import rlbridge.config
 from rlbridge import Backend, Capability, hookimpl
 from rlbridge.config import RunConfig, check_config, incompatibilities, json_schema, load_config, model_problem, to_yaml
 from rlbridge.errors import ConfigError
@@ -61,8 +60,8 @@ def acme_registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     module = acme_plugin()
     monkeypatch.setitem(sys.modules, "acme_backends", module)
     registry = Registry([Source("acme", "acme", lambda: module)], strict=True)
-    for part in ("sections", "check", "schema"):
-        monkeypatch.setattr(getattr(rlbridge.config, part), "registry", lambda: registry)
+    for part in ("config.sections", "config.check", "config.schema", "env.placing"):
+        monkeypatch.setattr(f"rlbridge.{part}.registry", lambda: registry)
     return registry
 
 
@@ -109,7 +108,7 @@ def test_section_is_of_the_chosen_backends_options_model(file: Path) -> None:
         ("optimizer.betas=[0.8, 0.9]", "optimizer", "betas", (0.8, 0.9)),
         ("sampling.stop=['a=b', c]", "sampling", "stop", ["a=b", "c"]),
         ("data.chat=true", "data", "chat", True),
-        ("generator.env={TOKENIZERS: 'no'}", "generator", "env", {"TOKENIZERS": "no"}),
+        ("generator.variables={TOKENIZERS: 'no'}", "generator", "variables", {"TOKENIZERS": "no"}),
         ("trainer.resources.gpus=0.5", "trainer", "resources", {"cpus": 1.0, "gpus": 0.5, "accelerator": None}),
         ("cluster.address=", "cluster", "address", None),
     ],
@@ -245,6 +244,7 @@ def test_yaml_of_a_config_loads_as_the_same_config(seed: int, lr: float, stop: l
             ["trainer.backend=plain", "sync.publish=barrier"],
             "sync.publish barrier: the parameters of trainer.backend 'plain' cannot be read in place",
         ),
+        (["sync.pause=keep"], "sync.pause keep: generator.backend 'native' can only wait for running requests"),
         (["trainer.backend=plain", "trainer.workers=2"], "trainer.workers is 2, and trainer.backend 'plain' runs on one"),
         (
             ["trainer.backend=plain", "trainer.resources.gpus=1"],
@@ -264,7 +264,8 @@ def test_yaml_of_a_config_loads_as_the_same_config(seed: int, lr: float, stop: l
         ),
         (
             ["trainer.backend=absent"],
-            "trainer.backend: 'absent' is not installed: no module named 'no_such_module'; pip install 'rlbridge[nixl]'",
+            "trainer.backend: the trainer 'absent' is not installed here: no module named 'no_such_module'\n"
+            "    pip install 'rlbridge[nixl]'",
         ),
         (["reward.fn=exact_mach"], "reward.fn: no reward is named 'exact_mach'; did you mean 'exact_match'?"),
         (["model.make=geometry"], "model.make: no model is named 'geometry'"),

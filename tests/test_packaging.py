@@ -35,6 +35,8 @@ def test_the_wheel_holds_every_package_and_no_tests(wheel: zipfile.ZipFile) -> N
     for folder in ("rlbridge", "plugins", "conformance"):
         for path in (ROOT / folder).rglob("*.py"):
             assert str(path.relative_to(ROOT if folder == "rlbridge" else ROOT / folder)) in names
+    for environment in (*(ROOT / "plugins").rglob("*.lock"), *(ROOT / "plugins").rglob("*.pth")):
+        assert str(environment.relative_to(ROOT / "plugins")) in names
 
 
 @pytest.mark.slow

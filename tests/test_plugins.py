@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlbridge import Backend, Capability, hookimpl, hookspecs, plugins
+from rlbridge import Backend, Capability, Environment, hookimpl, hookspecs, plugins
 from rlbridge.errors import PluginError
 from rlbridge.importing import install_hint, missing_module
 from rlbridge.plugins import Registry, Source
@@ -237,3 +237,52 @@ def test_observers_are_called_with_the_arguments_that_they_name() -> None:
 @pytest.mark.parametrize("name", [name for name in dir(hookspecs) if name.startswith("rlbridge_")])
 def test_hook_spec_states_the_version_that_brought_it(name: str) -> None:
     assert "Since 0." in (inspect.getdoc(getattr(hookspecs, name)) or "")
+
+
+def environment(name: str = "acme", **fields: Any) -> Environment:
+    return Environment(**{"name": name, "summary": "", "lock": "acme:acme.lock", "requirements": ()} | fields)
+
+
+def with_environments(*found: object) -> ModuleType:
+    plugin = ModuleType("acme_environments")
+    vars(plugin).update(rlbridge_environments=hookimpl(lambda: found))
+    return plugin
+
+
+def test_environments_are_found_by_name_with_the_distribution_that_brings_them() -> None:
+    first, second = environment("first"), environment("second", distribution="other")
+    registry = Registry([Source("acme", "acme-dist", lambda: with_environments(first, second))])
+    assert not registry.broken
+    assert registry.environment("first").distribution == "acme-dist"
+    assert registry.environments()[1] == second
+
+
+def test_unknown_environment_is_an_error_with_the_nearest_name() -> None:
+    registry = Registry([Source("acme", "", lambda: with_environments(environment("first")))])
+    with pytest.raises(PluginError, match="no environment is named 'fist'; did you mean 'first'") as caught:
+        registry.environment("fist")
+    assert caught.value.todo == "known: first"
+
+
+def test_environment_that_two_plugins_bring_is_refused() -> None:
+    sources = [Source(name, "", lambda: with_environments(environment())) for name in ("a", "b")]
+    with pytest.raises(PluginError, match="the environment 'acme' is registered twice, by a and b"):
+        Registry(sources).environment("acme")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("acme", "which is no rlbridge.Environment"),
+        (environment("A cme"), "is no name for an environment"),
+        (environment(lock="acme.lock"), "'acme.lock' of the environment 'acme' is not of the form package:file"),
+        (environment(lock="acme:/etc/lock"), "not of the form package:file"),
+        (environment(lock=""), "not of the form package:file"),
+        (environment(site="folder"), "not of the form package:file"),
+        (environment(requirements="torch"), "requirements of the environment 'acme' is a string"),
+    ],
+)
+def test_environment_that_cannot_be_one_makes_its_plugin_broken(bad: object, reason: str) -> None:
+    registry = Registry([Source("acme", "", lambda: with_environments(bad))])
+    assert reason in registry.broken[0].reason
+    assert registry.environments() == []

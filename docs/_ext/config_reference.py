@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from docutils import nodes  # type: ignore[import-untyped]
@@ -55,10 +55,12 @@ class ConfigBackends(SphinxDirective):
         if role not in BACKEND_ROLES:
             raise self.error(f"the backends of {role!r} have no options")
         text: list[str] = []
+        described = set(BACKEND_ROLES[role].model_fields)
         for backend in built_in(role):
             own = own_fields(role, backend.name)
             text += [f"**`{role}.backend: {backend.name}`**: {backend.summary.rstrip('.')}.", ""]
-            text += _entries(f"{role}.", own) if own else ["It has no keys of its own.", ""]
+            text += _entries(f"{role}.", own, described) if own else ["It has no keys of its own.", ""]
+            described |= own.keys()
         return self.parse_text_to_nodes("\n".join(text))
 
 
@@ -82,7 +84,8 @@ def _section(name: str) -> type[BaseModel] | None:
     return _model(RunConfig.model_fields[name].annotation) if name in RunConfig.model_fields else None
 
 
-def _entries(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
+def _entries(prefix: str, fields: dict[str, FieldInfo], described: Set[str] = frozenset()) -> Iterator[str]:
+    """The keys as directives; a name that is `described` already, by another backend, is no target of links again."""
     for key, field in fields.items():
         model = _model(field.annotation)
         if model is not None:
@@ -92,6 +95,7 @@ def _entries(prefix: str, fields: dict[str, FieldInfo]) -> Iterator[str]:
             f"```{{confval}} {prefix}{key}",
             f":type: {_type(field.annotation, field.metadata)}",
             f":default: {_default(field)}",
+            *([":no-index:"] if key in described else []),
             "",
             str(field.description),
             "```",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlbridge.env import State, state_of
 from rlbridge.plugins import Broken, Row, registry
 
 
@@ -53,6 +54,16 @@ def _about(row: Row) -> Text:
     lines = [Text(row.summary)]
     if not row.importable:
         lines.append(Text(row.reason, "yellow"))
+        lines += [Text(_environment(name), "yellow") for name in row.environments]
     if row.capabilities:
         lines.append(Text(" ".join(row.capabilities), "dim"))
     return Text("\n").join(lines)
+
+
+def _environment(name: str) -> str:
+    """What has a backend that is missing here."""
+    known = {environment.name: environment for environment in registry().environments()}
+    if name not in known:
+        return f"the environment {name} would have it, and no plugin brings that"
+    state = state_of(known[name])
+    return f"the environment {name} has it: " + ("built" if state is State.BUILT else f"{state}, rlbridge env build {name}")

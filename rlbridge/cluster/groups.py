@@ -14,6 +14,7 @@ import ray
 
 from rlbridge.cluster.actors import GeneratorActor, TrainerActor
 from rlbridge.cluster.party import ActorParty
+from rlbridge.env import HERE, Place
 from rlbridge.errors import DeadlineError, ResourceError
 from rlbridge.roles.batch import Batch, Completion, Sampling, Sequences, decode, encode
 from rlbridge.roles.generator import GeneratorContext, GeneratorOptions
@@ -30,15 +31,20 @@ _CLOSE_SECONDS = 5.0
 
 
 class _Group:
-    """Actors of one class, and the parties that the session reaches them by."""
+    """Actors of one class, and the parties that the session reaches them by.
 
-    def __init__(self, role: str, actor_class: type, options: RoleOptions, count: int, env: dict[str, str]) -> None:
+    `env` holds variables that hold wherever the actors run; those of their place, and then of `options`, come before them.
+    """
+
+    def __init__(
+        self, role: str, actor_class: type, options: RoleOptions, count: int, env: dict[str, str], place: Place = HERE
+    ) -> None:
         self.role = role
         # enable_tensor_transport and concurrency_groups are refused by .options() (Ray 2.60).
         declared: dict[str, Any] = {"enable_tensor_transport": True}
         if role == "generator":
             declared["concurrency_groups"] = {"sync": 2}
-        remote = ray.remote(**declared)(actor_class).options(**_actor_options(options, env))
+        remote = ray.remote(**declared)(actor_class).options(**_actor_options(options, env, place))
         backend = options.model_dump()["backend"]
         self._starting: list[Any] = []
         self.parties = [ActorParty(f"{role}[{index}]", remote.remote(backend)) for index in range(count)]
@@ -97,8 +103,8 @@ class _Group:
 class TrainerGroup(_Group):
     """All ranks of the trainer."""
 
-    def __init__(self, options: TrainerOptions, env: dict[str, str]) -> None:
-        super().__init__("trainer", TrainerActor, options, options.workers, env)
+    def __init__(self, options: TrainerOptions, env: dict[str, str], place: Place = HERE) -> None:
+        super().__init__("trainer", TrainerActor, options, options.workers, env, place)
         self._options = options
 
     def start(self, context: TrainerContext, seconds: float, *, loopback: bool) -> None:
@@ -140,8 +146,8 @@ class TrainerGroup(_Group):
 class GeneratorGroup(_Group):
     """All engines."""
 
-    def __init__(self, options: GeneratorOptions, env: dict[str, str]) -> None:
-        super().__init__("generator", GeneratorActor, options, options.workers, env)
+    def __init__(self, options: GeneratorOptions, env: dict[str, str], place: Place = HERE) -> None:
+        super().__init__("generator", GeneratorActor, options, options.workers, env, place)
 
     def launch(self, context: GeneratorContext) -> None:
         """Begin to set up every engine; `context` is engine 0's. `finish` waits for them."""
@@ -171,16 +177,13 @@ def _filled(struct: T, **changes: Any) -> T:
     return msgspec.structs.replace(struct, **changes)  # type: ignore[type-var]
 
 
-def _actor_options(options: RoleOptions, env: dict[str, str]) -> dict[str, Any]:
+def _actor_options(options: RoleOptions, env: dict[str, str], place: Place) -> dict[str, Any]:
     resources = options.resources
-    variables = dict(env)
-    if options.threads:
-        variables["OMP_NUM_THREADS"] = str(options.threads)
-    variables |= options.env
+    threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
     made: dict[str, Any] = {
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
-        "runtime_env": {"env_vars": variables},
+        "runtime_env": place.runtime_env(threads | options.variables, env),
     }
     if resources.accelerator:
         made["accelerator_type"] = resources.accelerator

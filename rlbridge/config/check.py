@@ -8,10 +8,13 @@ from typing import cast
 
 from rlbridge.backend import Backend, Capability
 from rlbridge.config.sections import AUTO_TRANSPORT, RunConfig
-from rlbridge.errors import ConfigError, PluginError
+from rlbridge.env import absent, place
+from rlbridge.errors import ConfigError, RlbridgeError
 from rlbridge.importing import install_hint, is_target
 from rlbridge.plugins import Role, registry
 from rlbridge.roles.options import RoleOptions
+
+_PLACED: tuple[Role, ...] = ("trainer", "generator")
 
 
 def check_config(config: RunConfig) -> list[str]:
@@ -35,6 +38,7 @@ def incompatibilities(config: RunConfig, transport: str) -> list[str]:
     generator = registry().backend("generator", config.generator.backend)
     problems = [*_unequal_dtypes(config), *_beyond_capabilities(config, trainer, generator)]
     if transport != AUTO_TRANSPORT:
+        problems += _not_in_environments(config, registry().backend("transport", transport))
         problems += _wrong_transport(config, generator, registry().backend("transport", transport))
     return problems
 
@@ -62,13 +66,27 @@ def _unusable(config: RunConfig) -> Iterator[str]:
     for key, name in chosen.items():
         role = cast(Role, key.partition(".")[0])
         try:
+            if role in _PLACED:
+                place(role, name, getattr(config, role).env)
+                continue
             reason = registry().missing(role, name)
-        except PluginError as error:
+        except RlbridgeError as error:
             yield f"{key}: {error}".replace("\n", "\n  ")
         else:
             if reason:
                 hint = install_hint(registry().backend(role, name).extra)
                 yield "; ".join(filter(None, [f"{key}: {name!r} is not installed: {reason}", hint]))
+
+
+def _not_in_environments(config: RunConfig, transport: Backend) -> Iterator[str]:
+    for role in _PLACED:
+        options = getattr(config, role)
+        where = place(role, options.backend, options.env)
+        if module := absent(where, transport):
+            yield (
+                f"transport.backend {transport.name!r} cannot be used in the environment {where.name!r} of the {role}: "
+                f"it has no module {module!r}"
+            )
 
 
 def _wrong_transport(config: RunConfig, generator: Backend, transport: Backend) -> Iterator[str]:
@@ -86,6 +104,9 @@ def _beyond_capabilities(config: RunConfig, trainer: Backend, generator: Backend
         yield f"trainer.workers is {config.trainer.workers}, and trainer.backend {trainer.name!r} runs on one"
     if config.sync.publish == "barrier" and Capability.LIVE_STORAGE not in trainer.capabilities:
         yield f"sync.publish barrier: the parameters of trainer.backend {trainer.name!r} cannot be read in place"
+    needed = {"keep": Capability.PAUSE_KEEP, "abort": Capability.PAUSE_ABORT}.get(config.sync.pause)
+    if needed is not None and needed not in generator.capabilities:
+        yield f"sync.pause {config.sync.pause}: generator.backend {generator.name!r} can only wait for running requests"
     for role, options, backend in (("trainer", config.trainer, trainer), ("generator", config.generator, generator)):
         if _on_cuda(options) and Capability.CUDA not in backend.capabilities:
             yield f"{role}.resources.gpus is {options.resources.gpus:g}, and {role}.backend {backend.name!r} does not use CUDA"
@@ -129,6 +150,10 @@ def _notes(config: RunConfig) -> Iterator[str]:
             if problem
             else "model.make: not needed, there is a model"
         )
+    for role in _PLACED:
+        options = getattr(config, role)
+        if note := place(role, options.backend, options.env).note:
+            yield note
     if config.data.held_out_path is None and config.data.held_out:
         yield f"data.held_out: {config.data.held_out} prompts of {config.data.path} are kept for evaluation"
     if config.transport.backend == AUTO_TRANSPORT:

@@ -118,6 +118,11 @@ class SyncSection(Section):
         default="generator",
         description="Float dtypes that differ: round to the generator's in the trainer's snapshot, or refuse.",
     )
+    pause: Literal["wait", "keep", "abort"] = Field(
+        default="wait",
+        description="What an install does to running requests: wait lets them finish, keep holds them, and they go on with"
+        " the new weights; abort ends them with what they have.",
+    )
     deadline_seconds: float = Field(default=60.0, gt=0, description="How long one sync may take.")
     lease_seconds: float = Field(
         default=120.0, gt=0, description="How long a published version is held for a generator that is silent."

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlbridge.cluster.groups import GeneratorGroup, TrainerGroup
+from rlbridge.cluster.nodes import check_nodes
 from rlbridge.cluster.ray_cluster import Ask, cluster
 from rlbridge.config import RunConfig
+from rlbridge.env import place
 from rlbridge.machine import has_rdma_device
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.options import RoleOptions
@@ -33,16 +35,23 @@ def workers(config: RunConfig, transport: TransportOptions) -> Iterator[Workers]
     """Start Ray and the actors, load the models, and end them all at the end.
 
     Raises:
-        ResourceError: the cluster has less than the config asks for, or the actors do not start in time.
+        PluginError: a role's environment is not built, or is not equal to the driver.
+        ResourceError: the cluster has less than the config asks for, a node of it lacks a role's environment, or the actors do
+            not start in time.
     """
+    trainers = place("trainer", config.trainer.backend, config.trainer.env)
+    generators = place("generator", config.generator.backend, config.generator.env)
     asks = [
         Ask("trainer", config.trainer.workers, config.trainer.resources),
         Ask("generator", config.generator.workers, config.generator.resources),
     ]
     with cluster(asks, config.cluster.address, config.cluster.temp_dir) as own:
         env = _environment(own)
-        trainer = TrainerGroup(config.trainer, env)
-        generator = GeneratorGroup(config.generator, env)
+        if not own:
+            check_nodes("trainer", trainers, config.trainer.resources)
+            check_nodes("generator", generators, config.generator.resources)
+        trainer = TrainerGroup(config.trainer, env, trainers)
+        generator = GeneratorGroup(config.generator, env, generators)
         try:
             seconds = config.cluster.start_seconds
             generator.launch(_generator_context(config))
@@ -71,7 +80,14 @@ def _environment(own: bool) -> dict[str, str]:
 
 def _sync_options(config: RunConfig) -> SyncOptions:
     sync = config.sync
-    return SyncOptions(sync.publish, sync.cast, sync.deadline_seconds, sync.lease_seconds, config.cluster.start_seconds)
+    return SyncOptions(
+        publish=sync.publish,
+        cast=sync.cast,
+        deadline_seconds=sync.deadline_seconds,
+        lease_seconds=sync.lease_seconds,
+        setup_seconds=config.cluster.start_seconds,
+        pause=sync.pause,
+    )
 
 
 def _trainer_context(config: RunConfig) -> TrainerContext:

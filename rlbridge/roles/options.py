@@ -21,5 +21,10 @@ class RoleOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     resources: Resources = Field(default_factory=Resources, description="Resources of each actor of this role.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of each actor of this role.")
+    env: str | None = Field(
+        None,
+        description="Name of the environment that the role's actors run in; null: this one, or where the backend cannot be"
+        " imported here, the first of its own that is built.",
+    )
+    variables: dict[str, str] = Field(default_factory=dict, description="Environment variables of each actor of this role.")
     threads: int = Field(1, ge=0, description="OMP_NUM_THREADS of each actor; 0 leaves the variable alone.")

@@ -88,6 +88,8 @@ class RecordedSink(WeightSink):
         return self._views
 
     def scramble(self) -> None:
+        """All that was recorded, which is everything but padding; where nothing was, every parameter."""
+        recorded = [piece.view(self._parameters) for piece in self._pieces]
         with torch.no_grad():
-            for tensor in self._parameters.values():
+            for tensor in recorded or self._parameters.values():
                 tensor.fill_(7)

@@ -2,7 +2,7 @@
 
 The loader is run once over placeholders on the meta device. A copy of one into a parameter is logged instead of done, with
 where its elements lie in the checkpoint tensor. The log is the exact slice map of this rank: fused projections, tensor-parallel
-slices, replicated heads.
+slices, replicated heads. What the loader sets to zero beside them is padding, of a vocabulary for example, and stays as it is.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class _Recorder(Provenance):  # type: ignore[no-untyped-call]
         super().__init__(self._given)
         self.current: str | None = None
         self.pieces: dict[Piece, None] = {}
+        self._padding: dict[Region, None] = {}
         self._parameters = parameters
 
     def placeholders(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,6 +108,8 @@ class _Recorder(Provenance):  # type: ignore[no-untyped-call]
             return super().__torch_dispatch__(func, types, args, kwargs)
         if roots := sorted(root for t in tensors_in((args, kwargs)) for root in self.roots_of(t)):
             raise _computed(func, roots)
+        if func.overloadpacket is aten.zero_ or (func.overloadpacket is aten.fill_ and args[1] == 0):
+            self._pad(args[0])
         return targets[0] if func._schema.returns else None  # parameters stay untouched
 
     def check_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -121,7 +124,8 @@ class _Recorder(Provenance):  # type: ignore[no-untyped-call]
             pieces.setdefault(piece.storage, []).append(piece)
         self._check_one_dtype(parameters)
         for parameter in (p for shared in self._parameters.values() for p in shared):
-            _check_written_once(parameter, pieces.get(parameter.name, []), list(self._metas))
+            padding = [box for box in self._padding if box.tensor == parameter.name]
+            _check_written_once(parameter, pieces.get(parameter.name, []), padding, list(self._metas))
 
     def _check_one_dtype(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """A tensor travels in one dtype, so all parameters that it goes to have that."""
@@ -155,6 +159,13 @@ class _Recorder(Provenance):  # type: ignore[no-untyped-call]
         except LayoutError as error:
             error.at(tensor=roots[0])
             raise
+
+    def _pad(self, target: torch.Tensor) -> None:
+        """Remember what is set to zero, unless it is a whole parameter: that is one that nothing was written to yet."""
+        for parameter in self._parameters.get(storage_key(target), ()):
+            if 0 < target.numel() < parameter.tensor.numel() and parameter.holds(target):
+                boxes = parameter.boxes(int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
+                self._padding.update(dict.fromkeys(boxes))
 
     def _pieces(self, source: torch.Tensor, target: torch.Tensor, parameter: str) -> Iterator[Piece]:
         shape = tuple(target.shape)
@@ -210,7 +221,9 @@ def _extent(tensor: torch.Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
 
 
-def _check_written_once(parameter: _Parameter, pieces: Sequence[Piece], published: Sequence[str]) -> None:
+def _check_written_once(
+    parameter: _Parameter, pieces: Sequence[Piece], padding: Sequence[Region], published: Sequence[str]
+) -> None:
     name, tensor = parameter.name, parameter.tensor
     boxes = [
         (box, piece.region) for piece in pieces for box in parameter.boxes(piece.offset, piece.region.shape, piece.strides)
@@ -220,7 +233,8 @@ def _check_written_once(parameter: _Parameter, pieces: Sequence[Piece], publishe
         first, second = (boxes[i][1] for i in twice)
         raise LayoutError(f"the parameter {name!r} is written twice: by {first} and by {second}", tensor=first.tensor)
     count = sum(box.numel for box, _ in boxes)
-    if count != tensor.numel():
+    padded = sum(box.numel - _shared(box, [written for written, _ in boxes]) for box in padding)
+    if count + padded != tensor.numel():
         near = difflib.get_close_matches(name, published, n=3, cutoff=0.5)
         raise LayoutError(
             f"the engine's parameter {name!r} of shape {tuple(tensor.shape)} gets {count} of its {tensor.numel()} elements"
@@ -228,3 +242,8 @@ def _check_written_once(parameter: _Parameter, pieces: Sequence[Piece], publishe
             tensor=name,
             todo=f"nearest published names: {', '.join(near)}" if near else "no published name is like it",
         )
+
+
+def _shared(box: Region, others: Sequence[Region]) -> int:
+    """How many elements of `box` lie in `others`, which have none in common."""
+    return sum(part.numel for other in others if (part := box.intersect(other)) is not None)
