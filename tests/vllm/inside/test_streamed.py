@@ -1,0 +1,94 @@
+"""Engines that load weights anew in each update, since kernels keep them in another form, or because they are told to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from rlbridge.errors import LayoutError
+from rlbridge.roles.batch import pad_sequences
+from rlbridge.sync.messages import Described, Digests, Nothing, Record, pack, result
+from rlbridge.weights.layout import TensorMeta
+from tests.vllm.inside import models
+from tests.vllm.inside.bridge import Bridge, started
+
+TOLERANCE = 5e-5
+PROMPTS = [[5, 9, 17], [8, 23, 31, 44], [50, 2, 45], [14, 39, 27, 60, 71]]
+
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "told to": ("qwen2-tied", {"install": "streamed"}),
+    "packed on a CPU": ("qwen3", {"cpu_prepack": True}),
+    "packed and tied, on two ranks": ("qwen3-one-kv-head", {"cpu_prepack": True, "tensor_parallel": 2}),
+    "experts": ("qwen3-moe", {"install": "streamed"}),
+    "experts on two ranks": ("qwen3-moe", {"install": "auto", "tensor_parallel": 2}),
+    "packed experts, in process": ("qwen3-moe", {"cpu_prepack": True, "engine": "in_process"}),
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
+    kind, options = ENGINES[request.param]
+    made = Bridge(tmp_path_factory.mktemp("models") / kind, kind, **options)
+    yield made
+    made.close()
+
+
+def test_log_probs_are_those_of_transformers_after_every_sync(bridge: Bridge) -> None:
+    """Over weights that are none: what kernels hold cannot be read back, so log-probs have to show that all of it was loaded."""
+    assert set(bridge.generator.installs) == {"streamed"}
+    for seed in range(3):
+        models.move(bridge.model, seed)
+        if bridge.version:
+            bridge.scramble()
+        bridge.sync()
+        said = bridge.say(PROMPTS, temperature=1.0, seed=seed)
+        sequences = pad_sequences(PROMPTS, [c.token_ids for c in said])
+        wanted, mask = models.scores(bridge.model, sequences), sequences.completion_mask_BT()
+        assert np.abs(bridge.engine.score(sequences) - wanted).max() <= TOLERANCE
+        assert max(np.abs(np.subtract(c.logprobs, w[m])).max() for c, w, m in zip(said, wanted, mask, strict=True)) <= TOLERANCE
+        assert {version for completion in said for version in completion.versions} == {bridge.version}
+
+
+def test_what_can_no_longer_be_shown_is_not_shown(bridge: Bridge) -> None:
+    """Digests are of what vLLM was given; when the next version arrives in its place there is nothing to look at."""
+    bridge.sync()
+    assert len(_digests(bridge)) == len(bridge.generator.installs)
+    bridge.version += 1
+    bridge.session.publish(bridge.version)
+    bridge.session.pull(bridge.version)
+    with pytest.raises(LayoutError, match="in the form of its kernels"):
+        _digests(bridge)
+    bridge.session.install(bridge.version)
+    _digests(bridge)
+
+
+def test_another_models_tensors_are_refused_by_name(bridge: Bridge) -> None:
+    published = bridge.published()
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    changed = {
+        norm: [t for t in published if t.name != norm],
+        "model.layers.7.mlp.up_proj.weight": [*published, TensorMeta("model.layers.7.mlp.up_proj.weight", (4, 4), "float32")],
+        "model.norm.weight": [TensorMeta(t.name, (7,), t.dtype) if t.name == "model.norm.weight" else t for t in published],
+    }
+    for name, tensors in changed.items():
+        reply = bridge.engine.handle("record", msgspec.msgpack.encode([pack(Record(tensors))]))[0]
+        with pytest.raises(LayoutError) as raised:
+            result(reply, Described)
+        assert raised.value.where["tensor"] == name
+
+
+def test_weights_in_another_form_are_not_copied_into(tmp_path: Path) -> None:
+    models.make(tmp_path, "qwen3")
+    with pytest.raises(LayoutError, match="generator.install to auto or streamed") as raised:
+        started(tmp_path, install="direct", cpu_prepack=True, engine="in_process")
+    assert raised.value.where["tensor"].startswith("model.layers.0.")
+
+
+def _digests(bridge: Bridge) -> list[bytes]:
+    replies = bridge.engine.handle("live_digests", msgspec.msgpack.encode([pack(Nothing())]))
+    return [result(reply, Digests).joined for reply in replies]
