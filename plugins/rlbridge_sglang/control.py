@@ -1,0 +1,103 @@
+"""The calls by which SGLang is paused and told of new weights. Each is checked: SGLang answers a refusal, and raises none."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rlbridge.errors import SyncError
+from rlbridge_sglang.engine_loop import EngineLoop
+
+_AGAIN_SECONDS = 0.05
+
+
+class Control:
+    """One engine's controls.
+
+    Args:
+        engine: The engine.
+        loop: What its coroutines run on.
+        seconds: The longest that each call may take.
+    """
+
+    def __init__(self, engine: Any, loop: EngineLoop, seconds: float) -> None:
+        from sglang.srt.managers import io_struct
+
+        self._messages = io_struct
+        self._manager = engine.tokenizer_manager
+        self._loop, self._seconds = loop, seconds
+        self._stamped = 0
+
+    def hold(self) -> None:
+        """Stop scheduling: requests that run go back into the queue, without their keys and values."""
+        pause = self._messages.PauseGenerationReqInput(mode="retract")
+        self._do("pause", lambda: self._manager.pause_generation(pause))
+        self._tell_version(self._stamped)  # the pause is not answered; this comes after it, and is
+
+    def let_go(self) -> None:
+        """Go on scheduling."""
+        go_on = self._messages.ContinueGenerationReqInput(torch_empty_cache=False)
+        self._do("resume", lambda: self._manager.continue_generation(go_on))
+
+    def abort(self) -> None:
+        """Ask all requests to end with what they have."""
+
+        async def abort() -> None:
+            self._manager.abort_request(abort_all=True)
+
+        self._do("abort", abort)
+
+    def stamp(self, version: int) -> None:
+        """Let tokens that are made from now on carry `version`."""
+        if version != self._stamped:
+            self._tell_version(version)
+            self._stamped = version
+
+    def flush(self) -> None:
+        """Drop the prefix cache.
+
+        Raises:
+            SyncError: SGLang refuses.
+        """
+        limit = time.monotonic() + self._seconds
+        while not (answer := self._do("flush", self._manager.flush_cache)).success:
+            if time.monotonic() > limit:
+                raise SyncError(
+                    f"SGLang did not drop its prefix cache: {answer.message or 'requests run or wait'}",
+                    role="generator",
+                    rank=self._loop.name,
+                    phase="flush",
+                    todo="the engine has to be paused, and its requests ended or held",
+                )
+            time.sleep(_AGAIN_SECONDS)
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Whatever SGLang has made of its weights when it loaded them is undone before, and done again after.
+
+        Raises:
+            SyncError: SGLang refuses.
+        """
+        begin, end = self._messages.BeginWeightUpdateReqInput(), self._messages.EndWeightUpdateReqInput()
+        self._checked("begin_weight_update", self._do("begin", lambda: self._manager.begin_weight_update(begin)))
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self._do("end", lambda: self._manager.end_weight_update(end))
+            raise
+        self._checked("end_weight_update", self._do("end", lambda: self._manager.end_weight_update(end)))
+
+    def _tell_version(self, version: int) -> None:
+        told = self._messages.UpdateWeightVersionReqInput(new_version=str(version), abort_all_requests=False)
+        self._do("version", lambda: self._manager.update_weight_version(told))
+
+    def _checked(self, what: str, answer: tuple[bool, str]) -> None:
+        success, message = answer
+        if not success:
+            raise SyncError(f"SGLang refused {what}: {message}", role="generator", rank=self._loop.name, phase="install")
+
+    def _do(self, what: str, make: Any) -> Any:
+        return self._loop.call(make, self._seconds, what)

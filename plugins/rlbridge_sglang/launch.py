@@ -1,0 +1,272 @@
+"""Start an SGLang engine with a subscriber in each of its ranks, and end it with all of its processes."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlbridge.errors import ConfigError, ModelError, PeerLostError, PluginError, RlbridgeError, SyncError
+from rlbridge.roles.generator import GeneratorContext
+from rlbridge_sglang.channel import socket_path
+from rlbridge_sglang.options import SglangGeneratorOptions
+from rlbridge_sglang.rank_process import RankSpec, failure_path, rank_name, run_rank
+
+OLDEST = "0.5.21"
+
+CPU_VARIABLES = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+"""SGLang's CPU path, with no compiler at run time. The ranks inherit them."""
+
+_SOCKET_PATH_BYTES = 100
+_END_SECONDS = 10.0
+
+
+class Launch:
+    """The processes of one engine: started by `build`, watched by `lost`, ended by `close`.
+
+    Args:
+        context: What the engine was told at its start.
+        options: Its options.
+    """
+
+    def __init__(self, context: GeneratorContext, options: SglangGeneratorOptions) -> None:
+        self._context, self._options = context, options
+        self._closed = False
+        atexit.register(self.close)  # before multiprocessing waits for the ranks to end by themselves
+        self.directory = tempfile.mkdtemp(prefix="rlbridge-sglang-")  # readable by this user alone
+        if len(str(socket_path(self.directory, options.tensor_parallel)).encode()) > _SOCKET_PATH_BYTES:
+            path = self.directory
+            self.close()
+            raise ConfigError(f"no socket can be made in {path}: the path is too long", todo="set TMPDIR to a shorter one")
+
+    ranks: Sequence[Any] = ()
+    others: Sequence[Any] = ()
+    _engine: Any = None
+
+    def build(self) -> Any:
+        """The engine, when it has loaded its model. Its processes end with the thread that calls this.
+
+        Raises:
+            PluginError: SGLang is too old.
+            ConfigError: SGLang refuses an argument.
+            ModelError: the model cannot be loaded.
+            PeerLostError: a rank ended without a word.
+        """
+        if self._context.device == "cpu":
+            for name, value in CPU_VARIABLES.items():
+                os.environ.setdefault(name, value)
+        base = _engine_class()
+        arguments = engine_arguments(self._context, self._options)
+        try:
+            self._engine = self._watched(base)(**arguments)
+        except TypeError as error:
+            if "unexpected keyword argument" in str(error).lower():
+                raise ConfigError(
+                    f"sglang.Engine takes no such argument: {error}", todo="see generator.engine_args", role="generator"
+                ) from error
+            raise self._unloadable(error) from error
+        except RlbridgeError:
+            raise
+        except Exception as error:
+            raise self._unloadable(error) from error
+        finally:
+            if self._engine is None:
+                _let_sockets_go()
+        self._disarm()
+        return self._engine
+
+    def lost(self) -> RlbridgeError | None:
+        """What to tell of a process that is gone."""
+        for rank, process in enumerate(self.ranks):
+            if not process.is_alive():
+                return self._gone(rank)
+        for process in self.others:
+            if not process.is_alive():
+                return PeerLostError(
+                    f"SGLang's detokenizer is gone: exit code {process.exitcode}",
+                    role="generator",
+                    peer=f"generator[{self._context.engine}]",
+                    todo="the engine has to be started again",
+                )
+        return None
+
+    def why_gone(self, rank: int) -> str:
+        """What is known of a rank's end."""
+        with contextlib.suppress(OSError):
+            lines = failure_path(self.directory, rank).read_text().rstrip().splitlines()
+            return lines[-1] if lines else ""
+        process = self.ranks[rank] if rank < len(self.ranks) else None
+        if process is None or process.is_alive():
+            return ""
+        return f"pid {process.pid} ended with {process.exitcode}"
+
+    def close(self) -> None:
+        """End every process of the engine, and remove its files. One that is still being built starts no process any more."""
+        self._closed = True
+        atexit.unregister(self.close)
+        for process in (*self.ranks, *self.others):
+            with contextlib.suppress(ValueError, OSError):
+                process.kill()
+        for process in (*self.ranks, *self.others):
+            with contextlib.suppress(ValueError, OSError):
+                process.join(_END_SECONDS)
+        _let_sockets_go()
+        for path in _zmq_files(getattr(self._engine, "port_args", None)):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def go_on(self) -> None:
+        """Refuse to, if `close` was called meanwhile.
+
+        Raises:
+            SyncError: it was.
+        """
+        if self._closed:
+            self.close()
+            raise SyncError("the engine was closed before it was there", role="generator", phase="start")
+
+    def _watched(self, base: Any) -> Any:
+        """`base` with our own ranks, whose processes it tells us."""
+        launch, options = self, self._options
+        spec = RankSpec(
+            self._context.engine, options.tensor_parallel, self.directory, seeded=options.sampling_backend == "pytorch"
+        )
+        tokenizer = has_tokenizer(self._context.model_path)
+
+        class RankedEngine(base):  # type: ignore[misc]
+            run_scheduler_process_func = staticmethod(functools.partial(run_rank, spec))
+
+            @classmethod
+            def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
+                launch.go_on()
+                result, processes = super()._launch_scheduler_processes(*args, **kwargs)
+                launch.ranks = list(processes)
+                launch.go_on()
+                return result, processes
+
+            @classmethod
+            def _launch_detokenizer_subprocesses(cls, *args: Any, **kwargs: Any) -> Any:
+                if not tokenizer:  # the ranks answer without it
+                    return [], []
+                processes, names = super()._launch_detokenizer_subprocesses(*args, **kwargs)
+                launch.others = list(processes)
+                launch.go_on()
+                return processes, names
+
+            def shutdown(self) -> None:
+                """Nothing: SGLang's own would end every child of this process, whosever it is."""
+
+        return RankedEngine
+
+    def _disarm(self) -> None:
+        """SGLang's watchdog answers a lost child by a signal that ends this process; `lost` is what looks here."""
+        atexit.unregister(self._engine.shutdown)
+        watchdog = getattr(self._engine.tokenizer_manager, "_subprocess_watchdog", None)
+        if watchdog is not None:
+            watchdog.stop()
+
+    def _unloadable(self, error: Exception) -> RlbridgeError:
+        for rank in range(self._options.tensor_parallel):
+            path = failure_path(self.directory, rank)
+            if path.is_file():
+                told = path.read_text().rstrip()
+                cause = told.splitlines()[-1]
+                return self._model_error(f"{rank_name(self._context.engine, rank)} said: {cause}").raised_by(told)
+        for rank, process in enumerate(self.ranks):
+            if process.exitcode is not None:
+                return self._gone(rank)
+        return self._model_error(f"{type(error).__name__}: {error}")
+
+    def _model_error(self, cause: str) -> RlbridgeError:
+        return ModelError(
+            f"SGLang cannot load the model in {self._context.model_path}: {cause}",
+            role="generator",
+            rank=f"generator[{self._context.engine}]",
+            phase="start",
+        )
+
+    def _gone(self, rank: int) -> RlbridgeError:
+        name = rank_name(self._context.engine, rank)
+        why = self.why_gone(rank)
+        return PeerLostError(
+            f"the process of {name} is gone" + (f": {why}" if why else ""),
+            role="generator",
+            peer=name,
+            todo="the engine has to be started again; a process that ended with -9 may have been out of memory",
+        )
+
+
+def engine_arguments(context: GeneratorContext, options: SglangGeneratorOptions) -> dict[str, Any]:
+    """What `sglang.Engine` is given. On a CPU it is given kernels and sizes that a CPU has; all else is the same."""
+    arguments: dict[str, Any] = {
+        "model_path": context.model_path,
+        "trust_remote_code": context.trust_remote_code,
+        "skip_tokenizer_init": not has_tokenizer(context.model_path),
+        "device": "cpu" if context.device == "cpu" else "cuda",
+        "dtype": options.dtype,
+        "tp_size": options.tensor_parallel,
+        "random_seed": context.seed + context.engine,
+        "weight_version": "0",
+        "sampling_backend": options.sampling_backend,
+        "log_level": options.log_level,
+        "skip_server_warmup": True,
+    }
+    if context.device == "cpu":
+        arguments |= {
+            "attention_backend": "torch_native",
+            "disable_cuda_graph": True,
+            "disable_overlap_schedule": True,
+            "sleep_on_idle": True,
+            "max_total_tokens": 32768,
+            "max_running_requests": 64,
+        }
+    chosen: dict[str, Any] = {
+        "context_length": options.context_length,
+        "mem_fraction_static": options.memory_fraction,
+        "max_total_tokens": options.cache_tokens,
+        "max_running_requests": options.running_requests,
+        "attention_backend": options.attention_backend,
+    }
+    return arguments | {key: value for key, value in chosen.items() if value} | options.engine_args
+
+
+def has_tokenizer(model_path: str) -> bool:
+    """Whether the directory holds one; transformers makes an empty tokenizer where it does not."""
+    return any(Path(model_path).glob("tokenizer*"))
+
+
+def _engine_class() -> Any:
+    import sglang
+    from sglang.srt.entrypoints.engine import Engine
+
+    if not hasattr(Engine, "begin_weight_update") or not hasattr(Engine, "run_scheduler_process_func"):
+        raise PluginError(
+            f"SGLang {getattr(sglang, '__version__', '?')} is too old: it has no begin_weight_update",
+            role="generator",
+            todo=f"install sglang>={OLDEST}",
+        )
+    return Engine
+
+
+def _let_sockets_go() -> None:
+    """What SGLang has left to say is for processes that are gone: without this, the end of this process waits to say it."""
+    zmq = sys.modules.get("zmq")
+    if zmq is None:
+        return
+    for thing in gc.get_objects():
+        if issubclass(type(thing), zmq.Socket) and not thing.closed:
+            thing.setsockopt(zmq.LINGER, 0)
+
+
+def _zmq_files(port_args: Any) -> list[Path]:
+    """The files that SGLang made for its sockets, and leaves behind."""
+    values = [value for value in vars(port_args).values() if isinstance(value, str)] if port_args is not None else []
+    return [Path(value.removeprefix("ipc://")) for value in values if value.startswith("ipc:///")]

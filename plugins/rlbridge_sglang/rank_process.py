@@ -1,0 +1,119 @@
+"""What runs in the process of an engine's rank: SGLang's scheduler, with a subscriber over its model's parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlbridge_sglang.channel import RankServer, socket_path
+
+_PR_SET_PDEATHSIG = 1
+_FAILED = 1
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What a rank is told besides SGLang's own arguments.
+
+    Attributes:
+        engine: The engine's number.
+        tensor_parallel: Its number of ranks.
+        directory: The private directory of the engine's sockets.
+        seeded: Whether the sampling backend takes seeds.
+    """
+
+    engine: int
+    tensor_parallel: int
+    directory: str
+    seeded: bool
+
+
+def rank_name(engine: int, rank: int) -> str:
+    """A rank's name in the session."""
+    return f"generator[{engine}].rank[{rank}]"
+
+
+def failure_path(directory: str, rank: int) -> Path:
+    """Where a rank writes why it ended."""
+    return Path(directory) / f"rank{rank}.failed"
+
+
+def run_rank(spec: RankSpec, *args: Any, **kwargs: Any) -> None:
+    """In the place of SGLang's `run_scheduler_process`; `args` are that function's, the rank's number the fourth of them."""
+    end_with_the_parent()
+    rank = int(args[3])
+    with _telling_why(spec, rank):
+        from sglang.srt.managers import scheduler
+
+        from rlbridge_sglang.sampling import keep_seeds, score_at_temperature
+
+        if spec.seeded:
+            keep_seeds()
+        score_at_temperature()
+        scheduler.Scheduler = _with_subscriber(scheduler.Scheduler, spec, rank)
+        scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def end_with_the_parent() -> None:
+    """This process is to end with the thread that started it, which lives as long as the engine."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _with_subscriber(base: Any, spec: RankSpec, rank: int) -> Any:
+    """SGLang's scheduler, with a subscriber and a socket; an error ends this process alone.
+
+    SGLang answers an error by a signal that ends the engine's process, which is a Ray actor with a tale to tell.
+    """
+
+    class RankScheduler(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with _telling_why(spec, rank):
+                super().__init__(*args, **kwargs)
+                self.rlbridge_server = _serve(spec, rank, self.tp_worker.model_runner.model)
+
+        def run_event_loop(self) -> None:
+            with _telling_why(spec, rank):
+                super().run_event_loop()
+
+        def rlbridge_run(self, ticket: int) -> None:
+            """Called through SGLang's `collective_rpc`, so on this thread and between two forward passes."""
+            _synchronize()
+            self.rlbridge_server.run(ticket)
+
+    return RankScheduler
+
+
+def _serve(spec: RankSpec, rank: int, model: Any) -> RankServer:
+    from rlbridge.sync.subscriber import Subscriber
+    from rlbridge_sglang.rank_weights import ModelSink
+
+    device = str(next(model.parameters()).device)
+    subscriber = Subscriber(rank_name(spec.engine, rank), ModelSink(model, spec.tensor_parallel), device, rank)
+    return RankServer(socket_path(spec.directory, rank), subscriber.handle)
+
+
+def _synchronize() -> None:
+    """Wait for the forward pass that a GPU may still be busy with."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _telling_why(spec: RankSpec, rank: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _log.exception("%s ends", rank_name(spec.engine, rank))
+        failure_path(spec.directory, rank).write_text("".join(traceback.format_exception(error)))
+        os._exit(_FAILED)

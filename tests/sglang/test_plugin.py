@@ -1,0 +1,318 @@
+"""What of the SGLang plugin needs no SGLang: its options, its messages, its sockets and its stand-ins."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from rlbridge.errors import DataError, DeadlineError, LayoutError, PeerLostError, SyncError
+from rlbridge.plugins import registry
+from rlbridge.roles.batch import Completion, Sampling, pad_sequences
+from rlbridge.roles.generator import GeneratorContext
+from rlbridge.sync.messages import Wait, pack
+from rlbridge.weights.layout import TensorMeta
+from rlbridge_sglang.channel import Handle, RankClient, RankServer
+from rlbridge_sglang.cpu_environment import SGLANG_CPU
+from rlbridge_sglang.engine_loop import EngineLoop
+from rlbridge_sglang.launch import engine_arguments
+from rlbridge_sglang.options import RESERVED, SglangGeneratorOptions
+from rlbridge_sglang.rank_weights import ModelSink
+from rlbridge_sglang.ranks import Ranks
+from rlbridge_sglang.requests import check_prompts, completion, sampling_params, scores
+
+Serve = Callable[[Handle], tuple[RankServer, RankClient]]
+
+_SITE = Path(__file__).parents[2] / "plugins" / "rlbridge_sglang" / "cpu_site"
+
+
+def test_the_plugin_is_listed_without_sglang() -> None:
+    backend = registry().backend("generator", "sglang")
+    assert backend.environments == (SGLANG_CPU.name,)
+    assert registry().options_model("generator", "sglang") is SglangGeneratorOptions
+    code = "import rlbridge_sglang, sys; assert not {'torch', 'sglang', 'ray'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("key", sorted(RESERVED))
+def test_an_argument_that_rlbridge_sets_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ValidationError, match=f"{key} cannot be set here: "):
+        SglangGeneratorOptions(backend="sglang", engine_args={key: 1})
+
+
+def test_a_cpu_differs_in_kernels_and_sizes_alone() -> None:
+    options = SglangGeneratorOptions(backend="sglang", tensor_parallel=2, engine_args={"page_size": 16})
+    cpu, cuda = (engine_arguments(_context(device), options) for device in ("cpu", "cuda"))
+    differing = {key for key in cpu.keys() | cuda.keys() if cpu.get(key) != cuda.get(key)}
+    assert differing == {
+        *("device", "attention_backend", "disable_cuda_graph", "disable_overlap_schedule", "sleep_on_idle"),
+        *("max_total_tokens", "max_running_requests"),
+    }
+    assert (cuda["tp_size"], cuda["page_size"], cuda["device"]) == (2, 16, "cuda")
+
+
+def test_options_come_before_what_a_cpu_is_given() -> None:
+    options = SglangGeneratorOptions(backend="sglang", cache_tokens=99, attention_backend="intel_amx")
+    arguments = engine_arguments(_context("cpu"), options)
+    assert (arguments["max_total_tokens"], arguments["attention_backend"]) == (99, "intel_amx")
+
+
+def test_each_prompt_of_a_call_has_a_seed_of_its_own() -> None:
+    first, again = (sampling_params(Sampling(4, seed=1), 3, 1) for _ in range(2))
+    assert first == again
+    assert len({params["sampling_seed"] for params in first}) == 3
+    assert first[0]["sampling_seed"] != sampling_params(Sampling(4), 3, 2)[0]["sampling_seed"]
+
+
+def test_no_cut_and_no_stop_are_said_as_sglang_says_them() -> None:
+    (params,) = sampling_params(Sampling(4, top_k=0), 1, 0)
+    assert (params["top_k"], params["stop"], params["stop_token_ids"]) == (-1, None, None)
+    (params,) = sampling_params(Sampling(4, top_k=3, stop=("a",), stop_token_ids=(7,)), 1, 0)
+    assert (params["top_k"], params["stop"], params["stop_token_ids"]) == (3, ["a"], [7])
+
+
+def test_a_completion_carries_the_version_of_each_token() -> None:
+    meta = {
+        "finish_reason": {"type": "length", "length": 3},
+        "output_token_logprobs": [(-0.5, 4, None), (-1.0, 5, None), (-1.5, 6, None)],
+        "weight_versions": [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}],
+    }
+    said = completion({"output_ids": [4, 5, 6], "meta_info": meta}, 9)
+    assert said == Completion([4, 5, 6], [-0.5, -1.0, -1.5], [3, 3, 4], "length")
+    del meta["weight_versions"]
+    assert completion({"output_ids": [4, 5, 6], "meta_info": meta}, 9).versions == [9, 9, 9]
+
+
+def test_a_request_that_was_aborted_before_it_ran_is_an_empty_completion() -> None:
+    output = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}, "output_token_logprobs": []}}
+    assert completion(output, 1) == Completion([], [], [], "abort")
+
+
+def test_scores_are_of_completions_alone() -> None:
+    sequences = pad_sequences([[5, 6], [7]], [[8], [9, 10]])
+    told = [{"meta_info": {"input_token_logprobs": [(None, 5), (-1.0, 6), (-2.0, 8)]}},
+            {"meta_info": {"input_token_logprobs": [(None, 7), (-3.0, 9), (-4.0, 10)]}}]  # fmt: skip
+    found = scores(sequences, told)
+    assert found.dtype == np.float32
+    assert found.tolist() == [[0, 0, -2], [0, -3, -4]]
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[1], [7]], [[-1]]])
+def test_a_prompt_that_sglang_would_choke_on_is_refused(prompts: list[list[int]]) -> None:
+    with pytest.raises(DataError, match=f"prompt {len(prompts) - 1} "):
+        check_prompts(prompts, 7)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Makes a rank that answers with a function, and what calls it."""
+    servers: list[RankServer] = []
+
+    def serve(handle: Handle) -> tuple[RankServer, RankClient]:
+        path = tmp_path / f"rank{len(servers)}.sock"
+        servers.append(RankServer(path, handle))
+        return servers[-1], RankClient(f"generator[0].rank[{len(servers) - 1}]", path)
+
+    yield serve
+    for server in servers:
+        server.close()
+
+
+def test_calls_of_a_rank_are_answered_side_by_side(serve: Serve) -> None:
+    go = threading.Event()
+
+    def handle(method: str, payload: bytes) -> bytes:
+        if method == "slow":
+            go.wait(10)
+        return method.encode() + payload
+
+    ranks = Ranks([serve(handle)[1]], lambda ticket: None, 5.0)
+    slow: list[list[bytes]] = []
+    thread = threading.Thread(target=lambda: slow.append(ranks.call("slow", b"1")))
+    thread.start()
+    assert ranks.call("fast", b"x" * 3_000_000) == [b"fast" + b"x" * 3_000_000]
+    assert slow == []
+    go.set()
+    thread.join(10)
+    assert slow == [[b"slow1"]]
+
+
+def test_what_writes_weights_runs_on_the_schedulers_thread_in_every_rank(serve: Serve) -> None:
+    ran: list[str] = []
+
+    def handle(method: str, payload: bytes) -> bytes:
+        ran.append(threading.current_thread().name)
+        return payload
+
+    served = [serve(handle) for _ in range(2)]
+
+    def scheduler(ticket: int) -> None:
+        thread = threading.Thread(target=lambda: [server.run(ticket) for server, _ in served], name="scheduler")
+        thread.start()
+        thread.join()
+
+    ranks = Ranks([client for _, client in served], scheduler, 5.0)
+    assert ranks.call_between_passes("install", b"p") == [b"p", b"p"]
+    assert ran == ["scheduler", "scheduler"]
+
+
+def test_a_call_that_sglang_does_not_run_is_an_error(serve: Serve) -> None:
+    server, client = serve(lambda method, payload: b"")
+
+    def refuse(ticket: int) -> None:
+        raise AssertionError("no such method")
+
+    with pytest.raises(SyncError, match="did not run 'install': no such method"):
+        Ranks([client], refuse, 0.5).call_between_passes("install", b"")
+    with pytest.raises(SyncError, match="no call 7 is announced"):
+        server.run(7)
+
+
+def test_a_rank_that_is_gone_is_named(tmp_path: Path) -> None:
+    client = RankClient("generator[0].rank[1]", tmp_path / "nobody", lambda: "pid 7 ended with -9")
+    with pytest.raises(PeerLostError, match=r"the process of generator\[0\]\.rank\[1\] is gone: pid 7 ended with -9"):
+        Ranks([client], lambda ticket: None, 1.0).call("state", b"")
+
+
+def test_a_rank_that_does_not_answer_is_named(serve: Serve) -> None:
+    _, client = serve(lambda method, payload: time.sleep(1) or b"")
+    with pytest.raises(DeadlineError, match=r"generator\[0\]\.rank\[0\] did not answer 'check' within 0\.2 s"):
+        Ranks([client], lambda ticket: None, 0.2).call("check", b"")
+
+
+def test_waiting_for_bytes_has_the_time_that_it_asks_for(serve: Serve) -> None:
+    _, client = serve(lambda method, payload: time.sleep(0.5) or b"done")
+    payload = msgspec.msgpack.encode([pack(Wait(1, 5.0))])
+    assert Ranks([client], lambda ticket: None, 0.2).call("wait_pull", payload) == [b"done"]
+
+
+def test_calls_of_an_engine_end_when_a_process_of_it_is_lost() -> None:
+    lost: list[PeerLostError] = []
+    loop = EngineLoop("generator[0]", lambda: lost[0] if lost else None)
+    assert loop.start(lambda: "engine", 5.0) == "engine"
+    assert loop.call(_slow(0.0, 3), 5.0, "generate") == 3
+    with pytest.raises(DeadlineError, match=r"did not end 'generate' within 0\.1 s"):
+        loop.call(_slow(30.0), 0.1, "generate")
+    threading.Timer(0.2, lambda: lost.append(PeerLostError("gone"))).start()
+    with pytest.raises(PeerLostError, match="gone"):
+        loop.call(_slow(30.0), 20.0, "generate")
+    with pytest.raises(PeerLostError, match="gone"):
+        loop.run(lambda: None, 5.0, "rpc")
+    loop.stop()
+
+
+def test_an_engine_that_cannot_be_built_says_why() -> None:
+    def build() -> Any:
+        raise ValueError("no such model")
+
+    loop = EngineLoop("generator[0]", lambda: None)
+    with pytest.raises(ValueError, match="no such model"):
+        loop.start(build, 5.0)
+    loop.stop()
+
+
+def test_padding_stays_and_what_the_loader_drops_or_cuts_is_refused() -> None:
+    """SGLang's loaders zero the rows that pad a vocabulary, drop what they do not know, and cut what is too long."""
+    model = _Model()
+    sink = ModelSink(model)
+    layout = sink.record([TensorMeta("embed", (5, 2), "float32")])
+    assert [str(region) for region in layout.regions] == ["embed[0:5, 0:2]"]
+    sink.scramble()
+    assert model.embed.weight[:5].unique().tolist() == [7]
+    assert model.embed.weight[5:].unique().tolist() == [0]
+    with pytest.raises(LayoutError, match="drops this tensor"):
+        sink.record([TensorMeta("embed", (5, 2), "float32"), TensorMeta("other", (3,), "float32")])
+    with pytest.raises(LayoutError, match="takes 10 of the 12 elements"):
+        sink.record([TensorMeta("embed", (6, 2), "float32")])
+
+
+def test_the_stand_in_hashes_as_sglang_does() -> None:
+    murmur = _module("murmur_hash", _SITE / "sgl_kernel" / "murmur_hash.py")
+    seeds, positions, columns = [0, 1, 12345678901234, 2**63 - 1], [0, 7, 4095, 3], [0, 1, 2, 151935]
+    found = murmur.murmur_hash32(torch.tensor(seeds).to(torch.uint64), torch.tensor(positions), torch.tensor(columns))
+    assert found.dtype == torch.uint32
+    wanted = [[_murmur3(seed, position, column) for column in columns] for seed, position in zip(seeds, positions, strict=True)]
+    assert found.to(torch.int64).tolist() == wanted
+
+
+def test_a_kernel_that_is_missing_is_named_when_it_is_called() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(_SITE)!r})\n"
+        "from sgl_kernel import copy_all_layer_kv_cache_cpu as kernel\n"
+        "try: kernel(1, x=2)\n"
+        "except NotImplementedError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "sgl_kernel.copy_all_layer_kv_cache_cpu" in done.stdout
+
+
+def test_the_schemas_are_declared_when_torchvision_is_looked_for_and_not_before() -> None:
+    code = (
+        f"import site, sys; site.addsitedir({str(_SITE)!r})\n"
+        "assert 'torch' not in sys.modules\n"
+        "import importlib.util; importlib.util.find_spec('torchvision')\n"
+        "import torch; torch.ops.torchvision.nms\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def _context(device: str) -> GeneratorContext:
+    return GeneratorContext(0, 1, device, "/models/m", 0, False, {})
+
+
+def _slow(seconds: float, value: object = None) -> Callable[[], Any]:
+    import asyncio
+
+    return lambda: asyncio.sleep(seconds, value)
+
+
+def _module(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Model(torch.nn.Module):
+    """Loads as SGLang's models do on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(8, 2)
+        self.embed.requires_grad_(False)
+        self.embed.weight.zero_()
+
+    def load_weights(self, weights: Any) -> None:
+        for name, tensor in weights:
+            if name == "embed":
+                rows = tensor.narrow(0, 0, 5)
+                self.embed.weight.data[5:].zero_()
+                self.embed.weight.data[: rows.shape[0]].copy_(rows)
+
+
+def _murmur3(seed: int, position: int, column: int) -> int:
+    """MurmurHash3_x86_32 of 16 bytes, as its author wrote it."""
+    low, state = 0xFFFFFFFF, 0
+    for word in (seed & low, seed >> 32, position, column):
+        word = word * 0xCC9E2D51 & low
+        word = (word << 15 | word >> 17) & low
+        state ^= word * 0x1B873593 & low
+        state = (state << 13 | state >> 19) & low
+        state = state * 5 + 0xE6546B64 & low
+    state ^= 16
+    state = (state ^ state >> 16) * 0x85EBCA6B & low
+    state = (state ^ state >> 13) * 0xC2B2AE35 & low
+    return state ^ state >> 16
