@@ -1,0 +1,23 @@
+"""Generation over HTTP, on a server with OpenAI's API that somebody else has started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlbridge import Backend, Capability, hookimpl
+
+
+@hookimpl
+def rlbridge_generators() -> Sequence[Backend]:
+    """The backend `openai`."""
+    return [
+        Backend(
+            name="openai",
+            load="rlbridge_openai.generator:OpenAIGenerator",
+            options="rlbridge_openai.options:OpenAIGeneratorOptions",
+            summary="A server with OpenAI's API that is already there; its weights change if it is a vLLM started for it.",
+            extra="openai",
+            requires=("httpx2", "tenacity"),
+            capabilities=frozenset({Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
+        )
+    ]

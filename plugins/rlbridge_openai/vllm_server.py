@@ -1,0 +1,195 @@
+"""What rlbridge adds to a vLLM server: `vllm serve --middleware rlbridge_openai.vllm_server.Control`.
+
+Routes under /v1/rlbridge, which vLLM's key guards, carry the calls of a sync to the subscriber in each rank
+(`--worker-extension-cls rlbridge_vllm.worker.WorkerExtension`) as bytes. vLLM's own routes for this need VLLM_SERVER_DEV_MODE,
+take no bytes, and are open to whoever reaches the port, with a key or without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from rlbridge.errors import DeadlineError, SyncError, to_wire
+from rlbridge.sync.messages import Failed, Nothing, Ok, pack, unpack
+from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts, Open
+
+EXTENSION = "rlbridge_vllm.worker.WorkerExtension"
+PROCESSOR = "rlbridge_vllm.logprobs:Tempered"
+
+_ASIDE = frozenset({"record", "open", "connect", "start_pull", "wait_pull", "verify", "close"})
+"""Calls that leave the parameters alone: the worker extension answers them beside the engine's steps."""
+
+_POLL_SECONDS = (0.0005, 0.02)
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+
+
+class Control:
+    """The middleware: adds its routes to vLLM's application, behind vLLM's own checks, and names the process in each answer."""
+
+    def __init__(self, app: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
+        self._app = app
+        self._calls: _Calls | None = None
+        self._instance = secrets.token_hex(8)
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        """One connection, or the application's start."""
+        if self._calls is None and "app" in scope:
+            self._calls = _Calls(self._instance)
+            _add_route(scope["app"], self._calls)
+
+        async def named(message: _Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (INSTANCE_HEADER.encode(), self._instance.encode())]
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
+def _add_route(app: Any, calls: _Calls) -> None:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    async def handle(request: Request) -> Response:
+        """An answer of ours, or an error of ours: both as bytes."""
+        try:
+            found = await calls.answer(
+                request.app.state, dict(request.path_params), dict(request.query_params), await request.body()
+            )
+            reply = pack(Ok(pack(found)))
+        except Exception as error:
+            reply = pack(Failed(to_wire(error)))
+        return Response(reply, media_type="application/octet-stream")
+
+    # The first: vLLM may have a route that takes every path.
+    app.router.routes.insert(0, Route(f"{ROUTE}/{{call}}", handle, methods=["POST"]))
+    app.router.routes.insert(0, Route(f"{ROUTE}/ranks/{{method}}", handle, methods=["POST"]))
+
+
+class _Calls:
+    """What an engine may ask of its server."""
+
+    def __init__(self, instance: str) -> None:
+        self._instance = instance
+        self._opened = False
+        self._over: list[int] = []
+
+    async def answer(self, state: Any, path: dict[str, str], query: dict[str, str], body: bytes) -> object:
+        engine, seconds = state.engine_client, float(query.get("seconds", "300"))
+        if method := path.get("method"):
+            return await self._ranks(engine, method, body, seconds)
+        match path["call"]:
+            case "facts":
+                return _facts(state, self._instance)
+            case "open":
+                return await self._open(engine, unpack(body, Open), seconds)
+            case "pause":
+                return await self._pause(engine, query["mode"], seconds)
+            case "resume":
+                await engine.resume_generation()
+            case "drop_caches":
+                await engine.reset_encoder_cache()
+                return bool(await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True))
+            case "version":
+                await engine.update_weight_version(query["version"])
+            case "score_at":
+                temperature = float(query["temperature"]) if query.get("temperature") else None
+                await engine.collective_rpc("rlbridge_score_at", timeout=seconds, args=(temperature,))
+            case other:
+                raise SyncError(f"the server has no call {other!r}: is its rlbridge another version?", role="generator")
+        return Nothing()
+
+    async def _open(self, engine: Any, message: Open, seconds: float) -> list[bytes]:
+        """Subscribers of their own for who comes. What the last one left behind, a pause or an epoch, is ended."""
+        if await engine.is_paused():
+            await engine.resume_generation()
+        if self._opened:
+            await self._ranks(engine, "close", pack([pack(Nothing())]), seconds)
+            await engine.collective_rpc("rlbridge_score_at", timeout=seconds, args=(None,))
+        arguments = (message.engine, message.install, engine.vllm_config.model_config.model)
+        replies: list[bytes] = await engine.collective_rpc("rlbridge_open", timeout=seconds, args=arguments)
+        self._opened = True
+        await engine.update_weight_version("0")
+        return replies
+
+    async def _pause(self, engine: Any, mode: str, seconds: float) -> Nothing:
+        try:
+            await asyncio.wait_for(engine.pause_generation(mode=mode, clear_cache=False), seconds)
+        except TimeoutError:
+            await engine.resume_generation()
+            raise DeadlineError(
+                f"requests still ran {seconds:g} s after the pause ({mode}) had begun: the server goes on",
+                role="generator",
+                todo="the limit is generator.answer_seconds; are requests of others on this server?",
+            ) from None
+        return Nothing()
+
+    async def _ranks(self, engine: Any, method: str, payload: bytes, seconds: float) -> list[bytes]:
+        """`Subscriber.handle` in every rank: between two steps of the engine, or beside them."""
+        if method not in _ASIDE:
+            found: list[bytes] = await engine.collective_rpc("rlbridge_handle", timeout=seconds, args=(method, payload))
+            return found
+        ticket, limit = secrets.randbits(62), time.monotonic() + seconds
+        over, self._over = self._over, []
+        await engine.collective_rpc("rlbridge_begin", timeout=seconds, args=(ticket, method, payload, over))
+        try:
+            wait, longest = _POLL_SECONDS
+            while time.monotonic() < limit:
+                await asyncio.sleep(wait)
+                wait = min(wait * 1.5, longest)
+                answers = await engine.collective_rpc("rlbridge_poll", timeout=seconds, args=(ticket,))
+                if None not in answers:
+                    return list(answers)
+        finally:
+            self._over.append(ticket)
+        raise DeadlineError(f"a rank did not answer {method!r} within {seconds:g} s", role="generator", phase=method)
+
+
+def _facts(state: Any, instance: str) -> Facts:
+    import vllm
+
+    config, arguments = state.engine_client.vllm_config, state.args
+    model = config.model_config
+    return Facts(
+        instance=instance,
+        model=str(model.model),
+        vllm=str(vllm.__version__),
+        max_model_len=int(model.max_model_len),
+        vocabulary=int(model.get_vocab_size()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        stop_ids=_stop_ids(model),
+        scale_out=bool(getattr(arguments, "enable_scale_out", False) or getattr(arguments, "tokens_only", False)),
+        dev_mode=os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"),
+        missing=list(_missing(config, arguments)),
+    )
+
+
+def _missing(config: Any, arguments: Any) -> list[str]:
+    """What the server was not started with, in the words of its command line."""
+    model, parallel = config.model_config, config.parallel_config
+    transfer = getattr(config, "weight_transfer_config", None)
+    asked = {
+        f"--worker-extension-cls {EXTENSION}": parallel.worker_extension_cls == EXTENSION,
+        f"--logits-processors {PROCESSOR}": PROCESSOR in [str(p) for p in model.logits_processors or ()],
+        "--logprobs-mode processed_logits": str(model.logprobs_mode) == "processed_logits",
+        """--weight-transfer-config '{"backend": "rlbridge"}'""": getattr(transfer, "backend", None) == "rlbridge",
+        "--api-server-count 1": (getattr(arguments, "api_server_count", None) or 1) == 1,
+        "--data-parallel-size 1": parallel.data_parallel_size == 1,
+        "VLLM_USE_V2_MODEL_RUNNER=0": os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
+    }
+    return [flag for flag, there in asked.items() if not there]
+
+
+def _stop_ids(model: Any) -> list[int]:
+    """The model's own end-of-sequence tokens."""
+    found = (model.try_get_generation_config() or {}).get("eos_token_id")
+    found = getattr(model.hf_config, "eos_token_id", None) if found is None else found
+    return sorted(found) if isinstance(found, list) else [] if found is None else [found]

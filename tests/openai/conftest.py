@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlbridge.env import directory, python_of
+from rlbridge.plugins import registry
+from tests.openai.stand_in import StandIn
+from tests.openai.vllm_process import VllmProcess, made
+
+
+@pytest.fixture(autouse=True)
+def close_generators() -> Iterator[None]:
+    yield
+    while made:
+        made.pop().close()
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with StandIn() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def vllm_python() -> Path:
+    found = python_of(directory(registry().environment("vllm-cpu")))
+    if not found.exists():
+        pytest.skip("needs the environment vllm-cpu: rlbridge env build vllm-cpu")
+    return found
+
+
+@pytest.fixture(scope="module")
+def vllm(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmProcess]:
+    with VllmProcess(vllm_python, tmp_path_factory.mktemp("vllm")) as found:
+        yield found

@@ -1,0 +1,119 @@
+"""What the control in a server asks of vLLM's engine; a real one is in test_vllm_server."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlbridge.errors import DeadlineError, SyncError
+from rlbridge.sync.messages import pack
+from rlbridge_openai.messages import INSTANCE_HEADER, Open
+from rlbridge_openai.vllm_server import Control, _Calls
+
+
+class Engine:
+    """Records what it is asked. Ranks answer what is done aside at the third look, one before the other."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.polls: dict[int, int] = {}
+        self.asleep = self.paused = False
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="a/model"))
+
+    async def collective_rpc(self, method: str, timeout: float, args: tuple[Any, ...]) -> list[Any]:
+        if method == "rlbridge_poll":
+            (ticket,) = args
+            self.polls[ticket] = self.polls.get(ticket, 0) + 1
+            seen = 0 if self.asleep else self.polls[ticket]
+            return [b"zero" if seen > 1 else None, b"one" if seen > 2 else None]
+        self.calls.append((method, args))
+        return [b"zero", b"one"]
+
+    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        self.calls.append(("pause", (mode, clear_cache)))
+        self.paused = True
+        if mode == "wait":
+            await asyncio.sleep(30)
+
+    async def resume_generation(self) -> None:
+        self.calls.append(("resume", ()))
+        self.paused = False
+
+    async def is_paused(self) -> bool:
+        return self.paused
+
+    async def update_weight_version(self, version: str) -> None:
+        self.calls.append(("version", (version,)))
+
+
+def ask(calls: _Calls, engine: Engine, path: dict[str, str], body: bytes = b"", **query: str) -> Any:
+    return asyncio.run(calls.answer(SimpleNamespace(engine_client=engine), path, query, body))
+
+
+def test_what_concerns_the_parameters_is_done_between_steps_and_all_else_aside() -> None:
+    calls, engine = _Calls("one"), Engine()
+    for method in ("install", "check", "live_digests", "scramble"):
+        assert ask(calls, engine, {"method": method}, b"payload") == [b"zero", b"one"]
+    assert engine.calls == [("rlbridge_handle", (m, b"payload")) for m in ("install", "check", "live_digests", "scramble")]
+    engine.calls.clear()
+    assert ask(calls, engine, {"method": "wait_pull"}, b"payload") == [b"zero", b"one"]
+    ((name, (ticket, method, payload, over)),) = engine.calls
+    assert (name, method, payload, over) == ("rlbridge_begin", "wait_pull", b"payload", [])
+    assert engine.polls == {ticket: 3}
+    ask(calls, engine, {"method": "verify"})
+    assert engine.calls[-1][1][3] == [ticket]
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for_longer_than_asked() -> None:
+    calls, engine = _Calls("one"), Engine()
+    engine.asleep = True
+    with pytest.raises(DeadlineError, match=r"a rank did not answer 'verify' within 0\.2 s"):
+        ask(calls, engine, {"method": "verify"}, seconds="0.2")
+
+
+def test_a_pause_that_does_not_come_to_an_end_is_undone() -> None:
+    calls, engine = _Calls("one"), Engine()
+    with pytest.raises(DeadlineError, match=r"requests still ran 0\.1 s after the pause \(wait\)"):
+        ask(calls, engine, {"call": "pause"}, mode="wait", seconds="0.1")
+    assert engine.calls == [("pause", ("wait", False)), ("resume", ())]
+
+
+def test_the_next_run_finds_no_pause_and_no_epoch_of_the_last_one() -> None:
+    calls, engine = _Calls("one"), Engine()
+    message = pack(Open("generator[0]", "auto"))
+    assert ask(calls, engine, {"call": "open"}, message) == [b"zero", b"one"]
+    first = list(engine.calls)
+    assert first == [("rlbridge_open", ("generator[0]", "auto", "a/model")), ("version", ("0",))]
+    ask(calls, engine, {"call": "pause"}, mode="keep")
+    engine.calls.clear()
+    ask(calls, engine, {"call": "open"}, message)
+    assert [name for name, _ in engine.calls] == ["resume", "rlbridge_begin", "rlbridge_score_at", "rlbridge_open", "version"]
+    assert engine.calls[1][1][1] == "close"
+
+
+def test_an_unknown_call_is_told() -> None:
+    with pytest.raises(SyncError, match="is its rlbridge another version"):
+        ask(_Calls("one"), Engine(), {"call": "dance"})
+
+
+def test_every_answer_names_the_process_and_other_connections_pass() -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {}
+
+    asyncio.run(Control(app)({"type": "http"}, receive, send))
+    names = dict(sent[0]["headers"])
+    assert names[b"a"] == b"b"
+    assert len(names[INSTANCE_HEADER.encode()]) == 16
+    assert sent[1] == {"type": "http.response.body", "body": b""}

@@ -1,0 +1,163 @@
+"""A real vLLM server, in a process of its own, with a small model made on the spot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import AutoModelForCausalLM
+
+from rlbridge.roles.generator import GeneratorContext
+from rlbridge.roles.source import ShardedSource
+from rlbridge.sync.engine import Engine
+from rlbridge.sync.messages import TransportSpec
+from rlbridge.sync.publisher import Publisher
+from rlbridge.sync.session import SyncOptions, SyncSession
+from rlbridge_native.checkpoint import checkpoint_pieces, module_tensors
+from rlbridge_openai.generator import OpenAIGenerator
+from rlbridge_openai.options import OpenAIGeneratorOptions
+from tests.models import tiny_qwen3
+
+KEY = "sk-of-the-tests-0123456789"
+START_SECONDS = 240.0
+LONGEST = 128
+
+CONTROL = [
+    *("--middleware", "rlbridge_openai.vllm_server.Control"),
+    *("--worker-extension-cls", "rlbridge_vllm.worker.WorkerExtension"),
+    *("--logits-processors", "rlbridge_vllm.logprobs:Tempered"),
+    *("--logprobs-mode", "processed_logits"),
+    *("--weight-transfer-config", '{"backend": "rlbridge"}'),
+    "--enable-scale-out",
+]
+"""What docs/openai.md tells to start it with."""
+
+
+class VllmProcess:
+    """The server, with rlbridge's control in it unless `arguments` say otherwise.
+
+    The variables of rlbridge's own vLLM generator let its processes be forked, and end with this one.
+    """
+
+    def __init__(self, python: Path, directory: Path, arguments: list[str] = CONTROL) -> None:
+        self.model = directory / "model"
+        if not self.model.exists():
+            tiny_qwen3(self.model, head_dim=32)
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = directory / f"server-{self.port}.log"
+        self._python, self._arguments = python, arguments
+
+    def __enter__(self) -> Self:
+        said = ["--model", str(self.model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
+        small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LONGEST), "--generation-config", "vllm"]
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))},
+            "OMP_NUM_THREADS": "1",
+            "RLBRIDGE_VLLM_ACTOR": str(os.getpid()),
+            "RLBRIDGE_VLLM_EAGER": "1",
+            "RLBRIDGE_VLLM_PREPACK": "0",
+            "VLLM_API_KEY": KEY,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+        }
+        command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server", *said, *small, *self._arguments]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            self._wait()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End its processes at once: the kernel ends the others with the first."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def _wait(self) -> None:
+        limit = time.monotonic() + START_SECONDS
+        while time.monotonic() < limit:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+            except OSError:
+                time.sleep(0.5)
+            else:
+                return
+        raise AssertionError(f"the server did not start; its log ends:\n{self.log.read_text(errors='replace')[-4000:]}")
+
+
+made: list[OpenAIGenerator] = []
+"""Those that the test has set up, to be closed after it."""
+
+
+def generator_of(url: str, *, model_path: str = "", engine: int = 0, **options: Any) -> OpenAIGenerator:
+    """A generator that is set up."""
+    chosen = OpenAIGeneratorOptions(**{"backend": "openai", "url": url, "retry_seconds": 2.0, **options})
+    generator = OpenAIGenerator()
+    made.append(generator)
+    generator.setup(GeneratorContext(engine, 1, "cpu", model_path, 0, False, chosen.model_dump()), chosen)
+    return generator
+
+
+class Bridge:
+    """A model that a test may change, and an engine on the server, with a session and NIXL between them."""
+
+    def __init__(self, server: VllmProcess, **options: Any) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(server.model).requires_grad_(False)
+        self.generator = generator_of(server.url, model_path=str(server.model), **options)
+        self.engine = Engine("generator[0]", self.generator)
+        tensors, pieces = checkpoint_pieces(self.model)
+        self._publisher = Publisher("trainer[0]", ShardedSource(tensors, pieces, lambda: module_tensors(self.model)))
+        self._sessions: list[SyncSession] = []
+
+    def session(self, **options: Any) -> SyncSession:
+        trainer = _Here("trainer[0]", lambda *call: [self._publisher.handle(*call)])
+        engine = _Here("generator[0]", self.engine.handle)
+        spec = TransportSpec("nixl", {"backend": "nixl", "net_devices": "lo"})
+        session = SyncSession([trainer], [engine], spec, SyncOptions(**options))
+        self._sessions.append(session)
+        return session
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.close()
+        self.generator.close()
+
+
+class _Here:
+    """A party of the session in this process."""
+
+    actor = None
+
+    def __init__(self, name: str, handle: Callable[..., list[bytes]]) -> None:
+        self.name, self._handle, self._pool = name, handle, ThreadPoolExecutor(4)
+
+    def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
+        return self._pool.submit(self._handle, method, payload)
+
+    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
+        raise NotImplementedError
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
