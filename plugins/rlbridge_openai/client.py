@@ -182,7 +182,7 @@ class Client:
             raise _AgainError(self._secret.hide_in(str(error)) or type(error).__name__, lost=True) from None
         except httpx2.TimeoutException:
             raise self._late(path) from None
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             reason = f"the connection broke ({type(error).__name__}: {self._secret.hide_in(str(error))})"
             if repeat:
                 raise _AgainError(reason, lost=True) from None
@@ -210,17 +210,10 @@ class Client:
                 **where,
             )
         if status in (401, 403):
-            held = (
-                f"the key in {self._secret.variable}"
-                if self._secret
-                else f"{self._secret.variable} is not set; the server asks"
-            )
-            raise ConfigError(
-                f"the server does not take {held}: it answered {status}" if self._secret else f"{held}: it answered {status}",
-                todo=f"put its key into {self._secret.variable} where the engine's actor runs"
-                + (f"; it said: {reply.text}" if status == 403 else ""),
-                **where,
-            )
+            variable = self._secret.variable
+            what = f"does not take the key in {variable}" if self._secret else f"asks for a key, and {variable} is not set"
+            todo = f"put its key into {variable} where the engine's actor runs"
+            raise ConfigError(f"the server {what}: it answered {status}: {reply.text}", todo=todo, **where)
         if status in (404, 405) or 200 <= status < 300:
             return reply
         if 400 <= status < 500:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -82,18 +83,23 @@ class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
         requests.check_prompts(prompts, self._facts.max_model_len, self._facts.vocabulary)
         if sampling.max_tokens < 1:
             return [Completion([], [], [], "length") for _ in prompts]
-        version, aborts = self._version, self._aborts
+        aborts = self._aborts
 
         def aborted() -> bool:
             return self._aborts != aborts
 
         def one(body: requests.Body) -> Completion:
-            if aborted():
-                return Completion([], [], [], "abort")
-            try:
-                return self._asked(self._api, body, aborted, lambda answer: self._api.completion(answer, version))
-            except GivenUpError:
-                return Completion([], [], [], "abort")
+            while not aborted():
+                version = self._version
+                try:
+                    read = functools.partial(self._api.completion, version=version)
+                    found = self._asked(self._api, body, aborted, read)
+                except GivenUpError:
+                    break
+                if self._api.tells_versions or self._version == version or found.finish_reason == "abort":
+                    return found
+                # It was under way during an update, or waited for its end: nobody can say which version made it.
+            return Completion([], [], [], "abort")
 
         bodies = requests.of_prompts(self._api, self._model, prompts, sampling, self._facts.stop_ids)
         return self._each(one, bodies)

@@ -129,7 +129,11 @@ def _refuse_sglang(client: Client) -> NoReturn:
 
 def _kind(client: Client) -> tuple[_Kind | None, str]:
     """Which server it is, where it says so."""
-    told: list[tuple[_Kind, str, str]] = [("SGLang", "/get_model_info", "model_path"), ("vLLM", "/version", "version")]
+    told: list[tuple[_Kind, str, str]] = [
+        ("SGLang", "/model_info", "model_path"),
+        ("SGLang", "/get_model_info", "model_path"),
+        ("vLLM", "/version", "version"),
+    ]
     for kind, path, key in told:
         reply = client.get(path, _SECONDS)
         if reply.status == 200:

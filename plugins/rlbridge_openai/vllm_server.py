@@ -96,8 +96,7 @@ class _Calls:
             case "resume":
                 await engine.resume_generation()
             case "drop_caches":
-                await engine.reset_encoder_cache()
-                return bool(await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True))
+                return await self._drop_caches(engine)
             case "version":
                 await engine.update_weight_version(query["version"])
             case "score_at":
@@ -108,17 +107,27 @@ class _Calls:
         return Nothing()
 
     async def _open(self, engine: Any, message: Open, seconds: float) -> list[bytes]:
-        """Subscribers of their own for who comes. What the last one left behind, a pause or an epoch, is ended."""
+        """Subscribers of their own for who comes.
+
+        What the last run has left is ended: its pause and its epoch. Its weights go, too: how a rank takes weights is found
+        out by comparing its parameters with the checkpoint that they were loaded from.
+        """
         if await engine.is_paused():
             await engine.resume_generation()
         if self._opened:
             await self._ranks(engine, "close", pack([pack(Nothing())]), seconds)
             await engine.collective_rpc("rlbridge_score_at", timeout=seconds, args=(None,))
+            await engine.collective_rpc("reload_weights", timeout=seconds)
+            await self._drop_caches(engine)
         arguments = (message.engine, message.install, engine.vllm_config.model_config.model)
         replies: list[bytes] = await engine.collective_rpc("rlbridge_open", timeout=seconds, args=arguments)
         self._opened = True
         await engine.update_weight_version("0")
         return replies
+
+    async def _drop_caches(self, engine: Any) -> bool:
+        await engine.reset_encoder_cache()
+        return bool(await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True))
 
     async def _pause(self, engine: Any, mode: str, seconds: float) -> Nothing:
         try:

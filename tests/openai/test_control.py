@@ -23,7 +23,7 @@ class Engine:
         self.asleep = self.paused = False
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="a/model"))
 
-    async def collective_rpc(self, method: str, timeout: float, args: tuple[Any, ...]) -> list[Any]:
+    async def collective_rpc(self, method: str, timeout: float, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "rlbridge_poll":
             (ticket,) = args
             self.polls[ticket] = self.polls.get(ticket, 0) + 1
@@ -41,6 +41,13 @@ class Engine:
     async def resume_generation(self) -> None:
         self.calls.append(("resume", ()))
         self.paused = False
+
+    async def reset_encoder_cache(self) -> None:
+        self.calls.append(("reset", ()))
+
+    async def reset_prefix_cache(self, **options: bool) -> bool:
+        assert options == {"reset_running_requests": True, "reset_connector": True}
+        return True
 
     async def is_paused(self) -> bool:
         return self.paused
@@ -81,7 +88,7 @@ def test_a_pause_that_does_not_come_to_an_end_is_undone() -> None:
     assert engine.calls == [("pause", ("wait", False)), ("resume", ())]
 
 
-def test_the_next_run_finds_no_pause_and_no_epoch_of_the_last_one() -> None:
+def test_the_next_run_finds_nothing_of_the_last_one() -> None:
     calls, engine = _Calls("one"), Engine()
     message = pack(Open("generator[0]", "auto"))
     assert ask(calls, engine, {"call": "open"}, message) == [b"zero", b"one"]
@@ -90,7 +97,8 @@ def test_the_next_run_finds_no_pause_and_no_epoch_of_the_last_one() -> None:
     ask(calls, engine, {"call": "pause"}, mode="keep")
     engine.calls.clear()
     ask(calls, engine, {"call": "open"}, message)
-    assert [name for name, _ in engine.calls] == ["resume", "rlbridge_begin", "rlbridge_score_at", "rlbridge_open", "version"]
+    told = ["resume", "rlbridge_begin", "rlbridge_score_at", "reload_weights", "reset", "rlbridge_open", "version"]
+    assert [name for name, _ in engine.calls] == told
     assert engine.calls[1][1][1] == "close"
 
 

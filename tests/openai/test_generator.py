@@ -74,6 +74,19 @@ def test_completions_carry_the_version_at_which_they_were_asked_for(server: Stan
     assert "version=5" in server.of("/v1/rlbridge/version")[0].query
 
 
+def test_a_completion_of_which_nobody_can_say_the_version_is_asked_for_again(server: StandIn) -> None:
+    generator = generator_of(server.url)
+
+    def route(request: Any) -> Any:
+        if generator.version < 2:
+            generator.version += 1
+        return 200, completion([3])
+
+    server.routes[PATH] = route
+    assert generator.generate([[5]], SAMPLING)[0].versions == [2]
+    assert len(server.of(PATH)) == 3
+
+
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_a_request_is_repeated_while_the_server_cannot(server: StandIn, status: int) -> None:
     server.routes[PATH] = first(2, (status, {"error": "not now"}), lambda request: (200, completion([3])))
@@ -171,6 +184,13 @@ def test_an_answer_that_cannot_be_used_is_refused(server: StandIn, body: Any) ->
     generator = generator_of(server.url)
     server.routes[PATH] = lambda request: (200, body)
     with pytest.raises(RlbridgeError, match="the server's answer to /v1/completions cannot be used: "):
+        generator.generate([[5]], SAMPLING)
+
+
+def test_an_answer_that_cannot_be_unpacked_is_none(server: StandIn) -> None:
+    generator = generator_of(server.url, retry_seconds=0.2)
+    server.routes[PATH] = lambda request: (200, b"no gzip", {"Content-Encoding": "gzip"})
+    with pytest.raises(PeerLostError, match="the connection broke"):
         generator.generate([[5]], SAMPLING)
 
 
