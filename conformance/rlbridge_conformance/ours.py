@@ -40,3 +40,12 @@ class ServedElsewhere(GeneratorRequirements):
     def ranks_inside(self) -> bool:
         """The subscribers live where the suite does not get."""
         return False
+
+
+class ServedByOthers(ServedElsewhere):
+    """A generator whose server somebody else has started, with one model: one engine for each URL that it is given."""
+
+    @property
+    def several_engines(self) -> bool:
+        """The suite has one server at most."""
+        return False

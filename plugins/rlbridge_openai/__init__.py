@@ -19,5 +19,6 @@ def rlbridge_generators() -> Sequence[Backend]:
             extra="openai",
             requires=("httpx2", "tenacity"),
             capabilities=frozenset({Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
+            requirements="rlbridge_conformance.ours:ServedByOthers",
         )
     ]

@@ -20,6 +20,7 @@ def rlbridge_generators() -> Sequence[Backend]:
             extra="sglang",
             requires=("sglang",),
             capabilities=frozenset({Capability.CUDA, Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
+            requirements="rlbridge_conformance.ours:ServedElsewhere",
             environments=(SGLANG_CPU.name,),
         )
     ]

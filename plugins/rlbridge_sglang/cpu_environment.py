@@ -12,6 +12,7 @@ _CORE = (
     "numpy>=1.26",
     "pluggy>=1.5,<2",
     "pyarrow>=15",
+    "platformdirs>=4",
     "pydantic>=2.8,<3",
     "pyyaml>=6",
     "ray==2.60.0",
@@ -22,7 +23,44 @@ _CORE = (
 
 _SUITE = ("jinja2>=3.1", "pytest>=8.1", "pytest-timeout>=2.3", "safetensors>=0.5")
 
-_SGLANG = ("torch==2.13.0+cpu", "transformers==5.19.0")
+_SGLANG = (
+    "torch==2.13.0+cpu",
+    "transformers==5.19.0",
+    "tokenizers==0.23.2",
+    "aiohttp",
+    "compressed-tensors==0.18.0",
+    "dill",
+    "einops",
+    "fastapi",
+    "gguf",
+    "ipython",
+    "mistral-common>=1.11.5",
+    "nvidia-ml-py",
+    "openai==2.8.0",
+    "orjson",
+    "packaging",
+    "partial-json-parser",
+    "pillow",
+    "psutil",
+    "pybase64",
+    "python-multipart",
+    "pyzmq>=25.1.2",
+    "regex",
+    "requests",
+    "scipy",
+    "sentencepiece==0.2.1",
+    "setproctitle",
+    "soundfile==0.13.1",
+    "tiktoken",
+    "tqdm",
+    "uvicorn>=0.51",
+    "uvloop",
+    "watchfiles",
+    "xgrammar==0.2.7",
+    "zstandard",
+)
+"""What SGLang's engine imports on a CPU, of all that it asks for: no kernels, no codecs, no other servers."""
+
 SGLANG_CPU = Environment(
     name="sglang-cpu",
     summary="SGLang 0.5.23 on a CPU, in pure PyTorch: small models, to try and to test with.",

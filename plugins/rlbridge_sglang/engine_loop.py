@@ -87,12 +87,13 @@ class EngineLoop:
         threading.Thread(target=run, name=f"{self.name}-{what}", daemon=True).start()
         return self.call(lambda: _awaited(future), seconds, what)
 
-    def stop(self) -> None:
-        """End the loop and its thread."""
+    def stop(self) -> bool:
+        """End the loop and its thread; False if it is still building the engine."""
         with contextlib.suppress(RuntimeError):  # it is closed
             self._loop.call_soon_threadsafe(self._loop.stop)
         if self._thread is not None:
             self._thread.join(_END_SECONDS)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self, build: Callable[[], Any], built: Future[Any]) -> None:
         asyncio.set_event_loop(self._loop)

@@ -20,6 +20,7 @@ from rlbridge_sglang.options import SglangGeneratorOptions
 from rlbridge_sglang.rank_process import rank_name
 from rlbridge_sglang.ranks import Ranks
 from rlbridge_sglang.requests import check_prompts, completion, sampling_params, score_params, scores
+from rlbridge_sglang.taken import checked
 
 _BETWEEN_PASSES = ("install", "scramble")
 """What writes live parameters."""
@@ -104,6 +105,8 @@ class SglangGenerator(Generator[SglangGeneratorOptions]):
             DeadlineError: a rank did not answer within `options.rank_seconds`; it is named.
             SyncError: SGLang refused an update.
         """
+        if method == "record":
+            return checked(payload, self._ranks.call(method, payload))
         if method not in _BETWEEN_PASSES:
             return self._ranks.call(method, payload)
         if method != "install":
@@ -147,9 +150,10 @@ class SglangGenerator(Generator[SglangGeneratorOptions]):
         self._control.flush()
 
     def close(self) -> None:
-        """End the loop, and every process of the engine."""
+        """End every process of the engine, and its loop."""
         self._launch.close()
-        self._loop.stop()
+        if self._loop.stop():
+            self._launch.close_sockets()
 
     def _called(self, what: str, texts: list[list[int]], params: list[dict[str, Any]], logprob_start_len: int) -> Any:
         with self._turn:

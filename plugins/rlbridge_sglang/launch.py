@@ -35,21 +35,26 @@ class Launch:
     Args:
         context: What the engine was told at its start.
         options: Its options.
+
+    Attributes:
+        directory: A private directory for the ranks' sockets.
+        ranks: The ranks' processes, in rank order.
+        others: The engine's other processes.
     """
 
     def __init__(self, context: GeneratorContext, options: SglangGeneratorOptions) -> None:
         self._context, self._options = context, options
+        self.ranks: Sequence[Any] = ()
+        self.others: Sequence[Any] = ()
+        self._engine: Any = None
         self._closed = False
+        self._sockets_before = {id(socket) for socket in _sockets()}
         atexit.register(self.close)  # before multiprocessing waits for the ranks to end by themselves
         self.directory = tempfile.mkdtemp(prefix="rlbridge-sglang-")  # readable by this user alone
         if len(str(socket_path(self.directory, options.tensor_parallel)).encode()) > _SOCKET_PATH_BYTES:
             path = self.directory
             self.close()
             raise ConfigError(f"no socket can be made in {path}: the path is too long", todo="set TMPDIR to a shorter one")
-
-    ranks: Sequence[Any] = ()
-    others: Sequence[Any] = ()
-    _engine: Any = None
 
     def build(self) -> Any:
         """The engine, when it has loaded its model. Its processes end with the thread that calls this.
@@ -79,7 +84,7 @@ class Launch:
             raise self._unloadable(error) from error
         finally:
             if self._engine is None:
-                _let_sockets_go()
+                self.close_sockets()
         self._disarm()
         return self._engine
 
@@ -118,10 +123,19 @@ class Launch:
         for process in (*self.ranks, *self.others):
             with contextlib.suppress(ValueError, OSError):
                 process.join(_END_SECONDS)
-        _let_sockets_go()
         for path in _zmq_files(getattr(self._engine, "port_args", None)):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close_sockets(self) -> None:
+        """Close what SGLang leaves open: a context of zmq that is collected as garbage waits for its sockets for ever.
+
+        To be called when the engine's loop has ended.
+        """
+        zmq: Any = sys.modules.get("zmq")
+        for socket in _sockets():
+            if id(socket) not in self._sockets_before and not socket.closed:
+                zmq.Socket.close(socket, linger=0)  # that of asyncio would ask its loop
 
     def go_on(self) -> None:
         """Refuse to, if `close` was called meanwhile.
@@ -136,9 +150,7 @@ class Launch:
     def _watched(self, base: Any) -> Any:
         """`base` with our own ranks, whose processes it tells us."""
         launch, options = self, self._options
-        spec = RankSpec(
-            self._context.engine, options.tensor_parallel, self.directory, seeded=options.sampling_backend == "pytorch"
-        )
+        spec = RankSpec(self._context.engine, self.directory, seeded=options.sampling_backend == "pytorch")
         tokenizer = has_tokenizer(self._context.model_path)
 
         class RankedEngine(base):  # type: ignore[misc]
@@ -256,14 +268,10 @@ def _engine_class() -> Any:
     return Engine
 
 
-def _let_sockets_go() -> None:
-    """What SGLang has left to say is for processes that are gone: without this, the end of this process waits to say it."""
+def _sockets() -> list[Any]:
+    """SGLang's sockets in this process."""
     zmq = sys.modules.get("zmq")
-    if zmq is None:
-        return
-    for thing in gc.get_objects():
-        if issubclass(type(thing), zmq.Socket) and not thing.closed:
-            thing.setsockopt(zmq.LINGER, 0)
+    return [] if zmq is None else [thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Socket)]
 
 
 def _zmq_files(port_args: Any) -> list[Path]:

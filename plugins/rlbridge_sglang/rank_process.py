@@ -26,13 +26,11 @@ class RankSpec:
 
     Attributes:
         engine: The engine's number.
-        tensor_parallel: Its number of ranks.
         directory: The private directory of the engine's sockets.
         seeded: Whether the sampling backend takes seeds.
     """
 
     engine: int
-    tensor_parallel: int
     directory: str
     seeded: bool
 
@@ -51,6 +49,7 @@ def run_rank(spec: RankSpec, *args: Any, **kwargs: Any) -> None:
     """In the place of SGLang's `run_scheduler_process`; `args` are that function's, the rank's number the fourth of them."""
     end_with_the_parent()
     rank = int(args[3])
+    os.environ.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # it would give log-probs at temperature 1
     with _telling_why(spec, rank):
         from sglang.srt.managers import scheduler
 
@@ -94,10 +93,11 @@ def _with_subscriber(base: Any, spec: RankSpec, rank: int) -> Any:
 
 def _serve(spec: RankSpec, rank: int, model: Any) -> RankServer:
     from rlbridge.sync.subscriber import Subscriber
-    from rlbridge_sglang.rank_weights import ModelSink
+    from rlbridge_sglang.model_sink import ModelSink
 
-    device = str(next(model.parameters()).device)
-    subscriber = Subscriber(rank_name(spec.engine, rank), ModelSink(model, spec.tensor_parallel), device, rank)
+    sink = ModelSink(model)
+    device = str(next(iter(sink.loaded.values())).device)
+    subscriber = Subscriber(rank_name(spec.engine, rank), sink, device, rank)
     return RankServer(socket_path(spec.directory, rank), subscriber.handle)
 
 

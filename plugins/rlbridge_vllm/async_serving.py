@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import itertools
 import threading
 from collections.abc import Coroutine, Sequence
@@ -16,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rlbridge.roles.generator import PauseMode
-from rlbridge_vllm.serving import Reply, Request, Serving, of_places, of_prompt
+from rlbridge_vllm.serving import Reply, Request, Serving, awaited, of_places, of_prompt
 
 T = TypeVar("T")
 
@@ -52,7 +51,8 @@ class AsyncServing(Serving):
         return found
 
     def pause(self, mode: PauseMode, seconds: float) -> None:
-        self._wait(self._engine.pause_generation(mode=mode, clear_cache=False), seconds)
+        # AsyncLLM.pause_generation sleeps 20 ms after this, for the order in which callers see things.
+        self._wait(self._engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False), seconds)
 
     def resume(self, seconds: float) -> None:
         self._wait(self._engine.resume_generation(), seconds)
@@ -101,8 +101,8 @@ class AsyncServing(Serving):
     def _wait(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(seconds)
-        except concurrent.futures.TimeoutError:
+            return awaited(future, seconds, self.lost)
+        except BaseException:
             future.cancel()
             raise
 

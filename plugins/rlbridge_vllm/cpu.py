@@ -89,9 +89,12 @@ class _Bound(multiprocessing.context.ForkProcess):
     """A child that ends with its parent."""
 
     def run(self) -> None:
+        import vllm.plugins
+
         from rlbridge_vllm.processes import die_with_parent
 
         die_with_parent()
+        vllm.plugins.plugins_loaded = False  # so that rlbridge's is called here too, after vLLM has set up its logging
         super().run()
 
 

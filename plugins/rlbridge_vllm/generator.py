@@ -25,8 +25,8 @@ from rlbridge_vllm.in_process import InProcessServing
 from rlbridge_vllm.model_files import check_directory, has_tokenizer, stop_ids
 from rlbridge_vllm.options import VllmGeneratorOptions
 from rlbridge_vllm.processes import Watch
-from rlbridge_vllm.serving import Reply, Serving
-from rlbridge_vllm.tail import forget_log, last_lines
+from rlbridge_vllm.serving import LostError, Reply, Serving
+from rlbridge_vllm.tail import forget_log, keep_log, last_words
 from rlbridge_vllm.worker import ASIDE
 
 T = TypeVar("T")
@@ -59,9 +59,10 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         handle, self._log = tempfile.mkstemp(prefix="rlbridge-vllm-", suffix=".log")
         os.close(handle)
         self._watch: Watch | None = None
-        self._serving: Serving = self._start(context, options)
+        self._serving: Serving | None = None
         try:
-            self._open_ranks()
+            self._serving = self._start(context, options)
+            self._open_ranks(self._serving)
             self._serving.set_version(0, options.answer_seconds)
         except BaseException:
             self.close()
@@ -74,7 +75,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
 
     @version.setter
     def version(self, version: int) -> None:
-        self._guarded("the new version", lambda: self._serving.set_version(version, self._options.answer_seconds))
+        self._guarded("the new version", lambda: self._engine.set_version(version, self._options.answer_seconds))
         self._version = version
 
     @property
@@ -90,14 +91,14 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             ModelError: there are stop strings, and the model directory has no tokenizer to read them with.
             PeerLostError: a process of the engine is gone.
         """
-        requests.check_prompts(prompts, self._serving.max_model_len, self._serving.vocabulary)
+        requests.check_prompts(prompts, self._engine.max_model_len, self._engine.vocabulary)
         if sampling.stop and not has_tokenizer(self._path):
             todo = "stop strings need one; use stop_token_ids instead"
             raise ModelError(f"{self._path} has no tokenizer", role="generator", todo=todo)
         if sampling.max_tokens < 1:
             return [Completion([], [], [], "length") for _ in prompts]
         asked = requests.of_prompts(prompts, sampling, self._stop_ids)
-        replies = self._guarded("a call of generate", lambda: self._serving.generate(asked))
+        replies = self._guarded("a call of generate", lambda: self._engine.generate(asked))
         return [Completion(r.token_ids, r.logprobs, r.versions, r.finish_reason) for r in replies]
 
     def score(self, sequences: Sequences) -> np.ndarray[Any, Any]:
@@ -107,15 +108,15 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             DataError: a sequence is too long, or holds a token that is not in the vocabulary.
             PeerLostError: a process of the engine is gone.
         """
-        asked = requests.of_sequences(sequences, self._serving.max_model_len, self._serving.vocabulary)
+        asked = requests.of_sequences(sequences, self._engine.max_model_len, self._engine.vocabulary)
 
         def run() -> list[Reply]:
             seconds = self._options.answer_seconds
-            self._serving.rpc("rlbridge_score_at", (sequences.temperature or 1.0,), seconds)
+            self._engine.rpc("rlbridge_score_at", (sequences.temperature or 1.0,), seconds)
             try:
-                return self._serving.generate(asked)
+                return self._engine.generate(asked)
             finally:
-                self._serving.rpc("rlbridge_score_at", (None,), seconds)
+                self._engine.rpc("rlbridge_score_at", (None,), seconds)
 
         return requests.scores(sequences, self._guarded("a call of score", run))
 
@@ -133,7 +134,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         """
         seconds = self._options.answer_seconds
         try:
-            self._guarded(f"a pause ({mode})", lambda: self._serving.pause(mode, seconds))
+            self._guarded(f"a pause ({mode})", lambda: self._engine.pause(mode, seconds))
         except DeadlineError:
             with contextlib.suppress(RlbridgeError):
                 self.resume()
@@ -141,7 +142,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
 
     def resume(self) -> None:
         """Requests that were held go on, and those that waited begin."""
-        self._guarded("the end of a pause", lambda: self._serving.resume(self._options.answer_seconds))
+        self._guarded("the end of a pause", lambda: self._engine.resume(self._options.answer_seconds))
 
     def invalidate_caches(self) -> None:
         """Drop the prefix cache; requests that are held compute their keys and values anew.
@@ -149,15 +150,14 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         Raises:
             SyncError: vLLM did not.
         """
-        if not self._guarded("the caches", lambda: self._serving.drop_caches(self._options.answer_seconds)):
+        if not self._guarded("the caches", lambda: self._engine.drop_caches(self._options.answer_seconds)):
             raise SyncError("vLLM did not drop its prefix cache", role="generator", rank=self._name)
 
     def close(self) -> None:
         """End every process of the engine."""
-        if not hasattr(self, "_serving"):
-            return
         with contextlib.suppress(Exception):
-            self._serving.close()
+            if self._serving is not None:
+                self._serving.close()
         if self._watch is not None:
             if not self._watch.wait_for_the_end(_LOST_SECONDS):
                 self._watch.kill()
@@ -165,6 +165,12 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             self._watch = None
         forget_log()
         Path(self._log).unlink(missing_ok=True)
+
+    @property
+    def _engine(self) -> Serving:
+        if self._serving is None:
+            raise SyncError("the engine is not set up", role="generator")
+        return self._serving
 
     def _start(self, context: GeneratorContext, options: VllmGeneratorOptions) -> Serving:
         set_variables(options, context.device, self._log)
@@ -175,6 +181,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             raise ConfigError(f"vLLM: {error}", role="generator", todo="look at generator.engine_args") from error
         except Exception as error:
             raise ModelError(f"vLLM does not take the model {self._path}: {error}", role="generator") from error
+        keep_log(self._log)  # vLLM has now set up its own logging, and its processes inherit both
         try:
             return kind(config)
         except Exception as error:
@@ -184,17 +191,18 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
                 rank=self._name,
             ) from error
 
-    def _open_ranks(self) -> None:
+    def _open_ranks(self, serving: Serving) -> None:
         arguments = (self._name, self._options.install, self._path)
-        replies = self._serving.rpc("rlbridge_open", arguments, self._options.answer_seconds)
+        replies = serving.rpc("rlbridge_open", arguments, self._options.answer_seconds)
         opened = [result(reply, tuple[int, int, str]) for reply in replies]
         self._installs = [how for _, _, how in opened]
         pids = {f"{self._name}.rank[{rank}]": pid for rank, (pid, _, _) in enumerate(opened)}
         pids |= {f"the core of {self._name}": parent for _, parent, _ in opened}
-        self._watch = Watch({name: pid for name, pid in pids.items() if pid not in (os.getpid(), os.getppid())})
+        watch = Watch({name: pid for name, pid in pids.items() if pid not in (os.getpid(), os.getppid())})
+        self._watch, serving.lost = watch, lambda: bool(watch.lost())
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
-        return self._serving.rpc(method, args, self._options.answer_seconds)
+        return self._engine.rpc(method, args, self._options.answer_seconds)
 
     def _aside(self, method: str, payload: bytes) -> list[bytes]:
         """Begin a call on every rank, and look for the answers between steps: the engine is held up for no longer."""
@@ -228,7 +236,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             raise
         except TimeoutError as error:
             self._late(what, error)
-        except EngineDeadError as error:
+        except (EngineDeadError, LostError) as error:
             self._lost(error)
         except Exception as error:
             if self._watch is not None and (self._watch.lost() or self._watch.wait_for_the_end(0.2)):
@@ -252,8 +260,8 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         ) from error
 
     def _last_words(self) -> str:
-        lines = last_lines(self._log)
-        return f"; the last that it logged:\n{lines}" if lines else ""
+        lines = last_words(self._log)
+        return f"; it logged:\n{lines}" if lines else ""
 
     def _late(self, what: str, error: Exception) -> NoReturn:
         if self._watch is not None and self._watch.lost():

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from rlbridge.roles.generator import PauseMode
-from rlbridge_vllm.serving import Reply, Request, Serving, of_places, of_prompt
+from rlbridge_vllm.serving import Reply, Request, Serving, awaited, of_places, of_prompt
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ class InProcessServing(Serving):
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         runs = [_Run(request, Future()) for request in requests]
         self._jobs.put(lambda: self._waiting.extend(runs))
-        return [run.done.result() for run in runs]
+        return [awaited(run.done, None, self.lost) for run in runs]
 
     def rpc(self, method: str, args: tuple[Any, ...], seconds: float) -> list[Any]:
         return self._call(lambda: self._engine.collective_rpc(method, timeout=seconds, args=args), seconds)
@@ -97,7 +98,7 @@ class InProcessServing(Serving):
                 drained.set_result(None)
 
         self._call(begin, seconds)
-        drained.result(seconds)
+        awaited(drained, seconds, self.lost)
 
     def resume(self, seconds: float) -> None:
         self._call(lambda: setattr(self, "_paused", None), seconds)
@@ -128,6 +129,7 @@ class InProcessServing(Serving):
         try:
             self._engine: LLMEngine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         except BaseException as error:
+            cleanup_dist_env_and_memory()
             started.set_exception(error)
             return
         started.set_result(None)
@@ -205,6 +207,7 @@ class InProcessServing(Serving):
 
     def _shut(self) -> None:
         self._engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()  # vLLM's process groups would be those of this process's next engine
 
     def _call(self, work: Callable[[], T], seconds: float) -> T:
         done: Future[T] = Future()
@@ -216,4 +219,4 @@ class InProcessServing(Serving):
                 done.set_exception(error)
 
         self._jobs.put(job)
-        return done.result(seconds)
+        return awaited(done, seconds, self.lost)

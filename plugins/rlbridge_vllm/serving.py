@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rlbridge.roles.generator import PauseMode
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 0.5
+"""How often whoever waits for an answer looks whether there still is somebody to give it."""
+
+_LAST_SECONDS = 2.0
+"""How long vLLM gets to tell of the end of its processes itself."""
+
+
+class LostError(Exception):
+    """A process of the engine is gone, and vLLM does not say so: it is told only by those that can still tell."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +60,12 @@ class Serving(ABC):
     Attributes:
         max_model_len: Most tokens of a prompt and its completion.
         vocabulary: How many tokens there are.
+        lost: Whether a process of the engine is gone.
     """
 
     max_model_len: int
     vocabulary: int
+    lost: Callable[[], bool] = staticmethod(lambda: False)
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
@@ -86,6 +102,25 @@ class Serving(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let vLLM end its processes."""
+
+
+def awaited(future: Future[T], seconds: float | None, lost: Callable[[], bool]) -> T:
+    """What comes of `future`.
+
+    Raises:
+        TimeoutError: nothing within `seconds`.
+        LostError: nobody is left who could answer.
+    """
+    limit = None if seconds is None else time.monotonic() + seconds
+    while True:
+        left = _LOOK_SECONDS if limit is None else min(limit - time.monotonic(), _LOOK_SECONDS)
+        gone = lost()
+        if wait([future], max(left, _LAST_SECONDS if gone else 0.0)).done:
+            return future.result()
+        if gone:
+            raise LostError
+        if limit is not None and time.monotonic() >= limit:
+            raise TimeoutError
 
 
 def of_places(logprobs: Sequence[Any] | None, tokens: Sequence[int]) -> list[float]:

@@ -72,8 +72,8 @@ class StreamedSink(WeightSink):
     """Takes whole tensors and lets vLLM load them.
 
     What kernels hold then cannot be compared with what was sent. So `live` shows what vLLM was given to load, and only as long
-    as that is still there: until the next version begins to arrive. That vLLM makes of it what it has to is looked at once, with
-    the weights that it has just loaded: loaded again they have to become the same bytes. Log-probs have to show the rest.
+    as that is still there: until the next version begins to arrive. That vLLM makes of it what it should is looked at once,
+    with the weights that it has just loaded: loaded again they have to become the same bytes. Log-probs have to show the rest.
 
     Args:
         worker: vLLM's worker, with `ReloadEngine` as its weight transfer, and a model that is just loaded.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 LOG_VARIABLE = "RLBRIDGE_VLLM_LOG"
+
+_ERROR = re.compile(r"([A-Za-z_][\w.]*)?(Error|Exception|Exit|Interrupt)\b")
+_MOST = 8
 
 
 class _Kept(logging.FileHandler):
@@ -30,10 +34,11 @@ def forget_log() -> None:
         handler.close()
 
 
-def last_lines(path: str, count: int = 12) -> str:
-    """The end of what was written, or ""."""
+def last_words(path: str) -> str:
+    """The errors that were logged, in order, each once and without its traceback. Else the end of the log, or ""."""
     try:
-        lines = Path(path).read_text(errors="replace").splitlines()
+        lines = [line for line in Path(path).read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         return ""
-    return "\n".join(line for line in lines if line.strip())[-4000:] if len(lines) <= count else "\n".join(lines[-count:])
+    errors = list(dict.fromkeys(line for line in lines if _ERROR.match(line)))
+    return "\n".join(errors[:_MOST] or lines[-_MOST:])

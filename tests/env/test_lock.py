@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_lock_has_the_newest_that_fits_and_is_named_after_its_command(declare:
     assert text.startswith("# Made by: rlbridge env lock made\n")
     assert pins(text) == {"quartz": "1.0", "pebble": "1.0"}
     assert "--hash=sha256:" in text
-    for place in (links, tmp_path, Path.home(), Path("/tmp")):
+    for place in (links, tmp_path, Path.home(), Path(tempfile.gettempdir())):
         assert str(place) not in text
 
 

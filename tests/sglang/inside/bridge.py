@@ -29,6 +29,8 @@ class Bridge:
         self.generator = started(path, **options)
         self.engine = Engine("generator[0]", self.generator)
         self.session = self._session(SyncOptions())
+        self.scramble()  # so that what no sync writes shows in every test
+        self.sync()
 
     def sync(self, **options: Any) -> Any:
         """Bring the model's weights to the engine, as the next version."""

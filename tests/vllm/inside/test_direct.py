@@ -20,10 +20,11 @@ LONG = [[(7 * i * i + 3 * row * i + 5) % 90 + 2 for i in range(260 + row)] for r
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "qwen2-tied, in process": ("qwen2-tied", {"engine": "in_process"}),
     "qwen3, two ranks": ("qwen3", {"tensor_parallel": 2}),
     "one kv head on two ranks, in process": ("qwen3-one-kv-head", {"tensor_parallel": 2, "engine": "in_process"}),
+    "qwen2-tied, in process": ("qwen2-tied", {"engine": "in_process"}),
 }
+"""A rank in this process comes last: what its kernels leave of OpenMP here, a forked process may wait for."""
 
 
 @pytest.fixture(scope="module", params=ENGINES)

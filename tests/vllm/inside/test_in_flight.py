@@ -21,9 +21,9 @@ TRIES = 8
 
 ENGINES: dict[str, dict[str, Any]] = {
     "async": {},
-    "in process": {"engine": "in_process"},
     "streamed": {"install": "streamed"},
     "two ranks": {"tensor_parallel": 2},
+    "in process": {"engine": "in_process"},  # the last: see test_direct
 }
 
 
@@ -99,4 +99,3 @@ def _over_an_update(bridge: Bridge, pause: str, part: float) -> tuple[list[Compl
         time.sleep(usual * part)
         bridge.session.install(bridge.version)
         return begun.result(120), (bridge.version - 1, bridge.version)
-

@@ -51,8 +51,7 @@ def test_a_killed_rank_is_named(start: Callable[..., VllmGenerator], engine: str
     threading.Timer(0.5, os.kill, (pids["generator[0].rank[1]"], signal.SIGKILL)).start()
     begun = time.monotonic()
     with pytest.raises(PeerLostError, match=r"generator\[0\]\.rank\[1\]"):
-        for _ in range(100):
-            generator.generate([[5, 6, 7]] * 4, Sampling(400, 1.0))
+        _generate_on(generator)
     with pytest.raises(PeerLostError, match=r"generator\[0\]\.rank\[1\]"):
         generator.on_each_rank("state", b"")
     assert time.monotonic() - begun < 25
@@ -65,8 +64,7 @@ def test_a_killed_core_is_named(start: Callable[..., VllmGenerator]) -> None:
     pids = _pids(generator)
     os.kill(pids["the core of generator[0]"], signal.SIGKILL)
     with pytest.raises(PeerLostError, match=r"the core of generator\[0\]"):
-        for _ in range(100):
-            generator.generate([[5, 6, 7]], Sampling(100, 1.0))
+        _generate_on(generator)
     generator.close()
     assert _left(pids.values(), 5) == []
 
@@ -86,7 +84,10 @@ def test_a_stopped_rank_is_a_deadline_that_names_it(start: Callable[..., VllmGen
 @pytest.mark.parametrize(("ranks", "engine"), [(1, "async"), (2, "async"), (2, "in_process")])
 def test_nothing_is_left_of_an_engine_whose_owner_is_killed(path: Path, ranks: int, engine: str) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-m", "tests.vllm.inside.owner", str(path), str(ranks), engine], stdout=subprocess.PIPE, text=True, cwd=_ROOT
+        [sys.executable, "-m", "tests.vllm.inside.owner", str(path), str(ranks), engine],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
     )
     assert owner.stdout is not None
     pids = next([int(pid) for pid in line.split()[1:]] for line in owner.stdout if line.startswith("pids"))
@@ -120,6 +121,11 @@ def test_what_vllm_does_not_know_is_an_error_of_the_config(path: Path) -> None:
         started(path, engine_args={"acme": 1})
     with pytest.raises(ModelError, match="max_model_len"):
         started(path, max_model_len=10 * models.LENGTH)
+
+
+def _generate_on(generator: VllmGenerator) -> None:
+    for _ in range(100):
+        generator.generate([[5, 6, 7]] * 4, Sampling(400, 1.0))
 
 
 def _pids(generator: VllmGenerator) -> dict[str, int]:

@@ -1,0 +1,40 @@
+"""Tests that need what only an environment has are run in it, where it is built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rlbridge.env import State, directory, python_of, state_of
+from rlbridge.plugins import registry
+
+MUST_BE_BUILT = "RLBRIDGE_TEST_ENVIRONMENTS"
+"""With this variable set to 1 an environment that is not built fails its tests, and does not skip them."""
+
+_SECONDS = 1200
+
+
+def python_in(name: str) -> Path:
+    """The interpreter of a built environment."""
+    environment = registry().environment(name)
+    if state_of(environment) is not State.BUILT:
+        (pytest.fail if os.environ.get(MUST_BE_BUILT) == "1" else pytest.skip)(f"needs: rlbridge env build {name}")
+    return python_of(directory(environment))
+
+
+def run_inside(name: str, module: Path) -> None:
+    """Run the tests of a file in an environment, under the pytest.ini beside it."""
+    python = python_in(name)
+    variables = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST")}
+    done = subprocess.run(
+        [python, "-m", "pytest", "-c", str(module.with_name("pytest.ini")), str(module)],
+        env={**variables, **registry().environment(name).variables},
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
