@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -144,17 +144,40 @@ def _import(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+@contextlib.contextmanager
+def _ending_with(channel: socket.socket) -> Iterator[None]:
+    """Imports take seconds: if whoever asked for them goes away meanwhile, so does this process."""
+    imported = threading.Event()
+    poll = select.poll()
+    poll.register(channel, 0)  # the hang-up alone
+
+    def watch() -> None:
+        while not imported.is_set():
+            if poll.poll(100):
+                os._exit(0)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        imported.set()
+        watching.join()
+
+
 def main(descriptor: int) -> None:
     """The process itself: one request after the other until the pipe ends."""
     channel = socket.socket(fileno=descriptor)
     told = json.loads(channel.recv(1 << 20))
     sys.path[:] = told["path"] if told["own"] else [*sys.path, *told["path"]]
-    for module in told["modules"]:
-        importlib.import_module(module)
-    serve = _import(told["serve"])
+    with _ending_with(channel):
+        for module in told["modules"]:
+            importlib.import_module(module)
+        serve = _import(told["serve"])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for who asked for them
-    channel.sendall(b"r")
+    with contextlib.suppress(BrokenPipeError):  # then the next request is the end
+        channel.sendall(b"r")
     while True:
         request, descriptors, _, _ = socket.recv_fds(channel, 16, 1)
         if not request:

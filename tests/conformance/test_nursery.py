@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import sys
 import sysconfig
 import time
@@ -73,6 +74,28 @@ def test_another_interpreter_has_its_own_packages(tmp_path: Path) -> None:
         party.stop()
     finally:
         nursery.close()
+
+
+def test_it_ends_with_who_asked_for_it_also_while_it_imports(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(60)")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\n"
+        "from rlbridge_conformance.nursery import Nursery\n"
+        f"Nursery({SERVE!r}, ['endless']).child(print)"
+    )
+    ours = subprocess.Popen([sys.executable, "-c", code])
+    limit = time.monotonic() + 30
+    while not (children := Path(f"/proc/{ours.pid}/task/{ours.pid}/children").read_text().split()) and time.monotonic() < limit:
+        time.sleep(0.02)
+    (nursery,) = map(int, children)
+    while b"nursery" not in Path(f"/proc/{nursery}/cmdline").read_bytes():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    ours.kill()
+    ours.wait()
+    while alive(nursery) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not alive(nursery)
 
 
 def test_an_interpreter_that_does_not_start_is_named(capfd: pytest.CaptureFixture[str]) -> None:
