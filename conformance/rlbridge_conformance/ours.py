@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rlbridge_conformance.requirements import GeneratorRequirements, TransportRequirements
 
@@ -40,6 +40,12 @@ class ServedElsewhere(GeneratorRequirements):
     def ranks_inside(self) -> bool:
         """The subscribers live where the suite does not get."""
         return False
+
+
+class VllmRequirements(ServedElsewhere):
+    """The generator `vllm`: two engines of small models have to fit beside one another."""
+
+    options: ClassVar[Mapping[str, Any]] = {"kv_cache_gib": 0.05}
 
 
 class ServedByOthers(ServedElsewhere):

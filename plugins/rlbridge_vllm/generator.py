@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -56,8 +54,8 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         self._path, self._version = context.model_path, 0
         check_directory(self._path)
         self._stop_ids = stop_ids(self._path)
-        handle, self._log = tempfile.mkstemp(prefix="rlbridge-vllm-", suffix=".log")
-        os.close(handle)
+        self._log_memory: int | None = os.memfd_create("rlbridge-vllm-log")  # nothing of it is left, however this process ends
+        self._log = f"/proc/{os.getpid()}/fd/{self._log_memory}"
         self._watch: Watch | None = None
         self._serving: Serving | None = None
         try:
@@ -164,7 +162,9 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             self._watch.close()
             self._watch = None
         forget_log()
-        Path(self._log).unlink(missing_ok=True)
+        if self._log_memory is not None:
+            os.close(self._log_memory)
+            self._log_memory = None
 
     @property
     def _engine(self) -> Serving:

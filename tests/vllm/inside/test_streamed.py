@@ -9,11 +9,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from rlbridge.errors import LayoutError
 from rlbridge.roles.batch import pad_sequences
 from rlbridge.sync.messages import Described, Digests, Nothing, Record, pack, result
 from rlbridge.weights.layout import TensorMeta
+from rlbridge_vllm import cpu
 from tests.vllm.inside import models
 from tests.vllm.inside.bridge import Bridge, started
 
@@ -87,6 +89,17 @@ def test_weights_in_another_form_are_not_copied_into(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="install to auto or streamed") as raised:
         started(tmp_path, install="direct", cpu_prepack=True, engine="in_process")
     assert raised.value.where["tensor"].startswith("model.layers.0.")
+
+
+def test_a_vllm_that_does_not_load_again_what_it_has_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM on a CPU, without the measure that has it pack experts in updates: bytes and digests would all be right."""
+    models.make(tmp_path, "qwen3-moe")
+    monkeypatch.setattr(cpu, "pack_experts_again", lambda: None)
+    setup = UnquantizedFusedMoEMethod._setup_kernel
+    monkeypatch.setattr(UnquantizedFusedMoEMethod, "_setup_kernel", getattr(setup, "of_vllm", setup))
+    with pytest.raises(LayoutError, match="something else of its own weights") as raised:
+        started(tmp_path)
+    assert "experts" in raised.value.where["tensor"]
 
 
 def _digests(bridge: Bridge) -> list[bytes]:
