@@ -4,25 +4,6 @@ from __future__ import annotations
 
 from rlbridge import Environment
 
-_CORE = (
-    "cyclopts>=4.8,<6",
-    "datasets>=3",
-    "math-verify[antlr4-13-2]>=0.8",
-    "msgspec>=0.19",
-    "numpy>=1.26",
-    "pluggy>=1.5,<2",
-    "pyarrow>=15",
-    "platformdirs>=4",
-    "pydantic>=2.8,<3",
-    "pyyaml>=6",
-    "ray==2.60.0",
-    "rich>=13",
-    "xxhash>=3.4",
-)
-"""What rlbridge itself needs. Ray is the driver's own, to the patch."""
-
-_SUITE = ("jinja2>=3.1", "pytest>=8.1", "pytest-timeout>=2.3", "safetensors>=0.5")
-
 _SGLANG = (
     "torch==2.13.0+cpu",
     "transformers==5.19.0",
@@ -65,7 +46,7 @@ SGLANG_CPU = Environment(
     name="sglang-cpu",
     summary="SGLang 0.5.23 on a CPU, in pure PyTorch: small models, to try and to test with.",
     lock="rlbridge_sglang:sglang-cpu.lock",
-    requirements=(*_CORE, *_SUITE, *_SGLANG, "nixl>=1.3,<2"),
+    requirements=("rlbridge[conform,native,nixl]", *_SGLANG),
     no_deps=("sglang==0.5.23", "torchvision==0.28.0"),
     variables={
         "SGLANG_USE_CPU_ENGINE": "1",

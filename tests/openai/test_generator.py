@@ -109,19 +109,15 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(server: StandIn) -> None:
 def test_a_server_that_goes_on_failing_is_given_up(server: StandIn) -> None:
     generator = generator_of(server.url, retry_seconds=0.5)
     server.routes[PATH] = lambda request: (503, {"error": "no room"})
-    start = time.monotonic()
     with pytest.raises(DeadlineError, match=r"failed for 0\.5 s at /v1/completions; at last it answered 503: .*no room"):
         generator.generate(PROMPTS, SAMPLING)
-    assert time.monotonic() - start < 3
 
 
 def test_a_server_that_does_not_answer_ends_the_call_at_its_deadline(server: StandIn) -> None:
     generator = generator_of(server.url, request_seconds=0.5)
     server.routes[PATH] = after(5, (200, completion([3])))
-    start = time.monotonic()
     with pytest.raises(DeadlineError, match=r"did not answer a request to /v1/completions in time"):
         generator.generate(PROMPTS, SAMPLING)
-    assert time.monotonic() - start < 3
 
 
 def test_a_server_that_is_gone_is_named(server: StandIn) -> None:

@@ -41,23 +41,25 @@ def test_fifty_syncs_register_once_and_leave_nothing_behind(make_stage: Make, op
 def test_ten_epochs_leave_nothing_behind(make_stage: Make) -> None:
     stage = make_stage(1, (1,), fresh=True)
     parties = [*stage.trainers, *stage.engines]
-    shared = set(os.listdir("/dev/shm"))  # noqa: PTH208
-    files = set(Path("/tmp").glob("*ucx*"))
     for version in (1, 2, 3):
         stage.session.attach()
         stage.sync(version)
     before = [party.do("apply", holdings) for party in parties]
+    shared = {name for held in before for name in held["shared"]}
     for version in range(4, 14):
         stage.session.attach()
         stage.sync(version)
+        shared.update(*(party.do("apply", holdings)["shared"] for party in parties))
     after = [party.do("apply", holdings) for party in parties]
     assert stage.serve(13)
     for was, now in zip(before, after, strict=True):
         assert now["files"] <= was["files"] + 1
         assert now["threads"] <= was["threads"] + 3
         assert now["resident_mib"] - was["resident_mib"] < 24
-    assert set(os.listdir("/dev/shm")) <= shared  # noqa: PTH208
-    assert set(Path("/tmp").glob("*ucx*")) <= files
+        assert now["logs"] <= was["logs"]
+        assert 0 < len(now["shared"]) <= len(was["shared"])
+    left = shared.difference(*(now["shared"] for now in after))
+    assert [path for path in left if Path(path).exists()] == []
 
 
 def count_registrations(party: ToySource | ToyEngine) -> None:
@@ -87,7 +89,9 @@ def holdings(party: ToySource | ToyEngine) -> dict[str, Any]:
     return getattr(party, "counted", {}) | {
         "files": len(list((proc / "fd").iterdir())),
         "threads": len(list((proc / "task").iterdir())),
-        "maps": len((proc / "maps").read_text().splitlines()),
+        "maps": len(maps := (proc / "maps").read_text().splitlines()),
+        "shared": {line.split()[5] for line in maps if "/dev/shm/" in line},
+        "logs": len(list(Path("/tmp").glob(f"*ucx*{os.getpid()}*"))),
         "resident_mib": int((proc / "statm").read_text().split()[1]) * 4096 / 2**20,
         "kept": [
             sum(len(slots) for slots in t._transfers.values()) + len(t._peers) + len(t._expected) + len(t._notes)

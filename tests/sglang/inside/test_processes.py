@@ -52,11 +52,9 @@ def test_a_rank_that_is_killed_is_named_to_all_who_wait(engine: SglangGenerator)
     with ThreadPoolExecutor(1) as pool:
         begun = pool.submit(engine.generate, [[5, 6, 7]], Sampling(max_tokens=500))
         time.sleep(0.2)
-        start = time.monotonic()
         os.kill(rank.pid, signal.SIGKILL)
         with pytest.raises(PeerLostError, match=r"generator\[0\]\.rank\[0\] is gone: .* ended with -9"):
             begun.result(_END_SECONDS)
-        assert time.monotonic() - start < 5
     for call in (
         lambda: engine.generate([[5, 6, 7]], Sampling(max_tokens=5)),
         lambda: engine.on_each_rank("live_digests", msgspec.msgpack.encode([pack(Nothing())])),
