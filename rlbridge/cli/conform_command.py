@@ -114,13 +114,15 @@ def conform(
             "which backend is to be held to its contract?",
             todo="rlbridge conform --transport NAME, or --trainer, or --generator; rlbridge plugins lists those there are",
         )
+    # Nothing but the suite's own plugins: others reorder tests, retry them, or run them at once.
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     asked = [f"--rlbridge-{role}={name}" for role, name in names.items() if name]
     asked += [f"--rlbridge-set={text}" for text in overrides]
     asked += [f"--rlbridge-plugin={module}" for module in plugin]
     asked += [f"--rlbridge-requirements={target}" for target in requirements]
     asked += [*_option("--rlbridge-from", first), *_option("--rlbridge-level", level), *_option("-k", only)]
     if list_:
-        return _BROKE if _run([f"{_SUITE}.listing", *asked], env) else 0
+        return _BROKE if _run([f"{_SUITE}.listing", *_settings(), *asked], env) else 0
     console = Console(highlight=False)
     console.print(" > ".join(names[role] or _REFERENCE for role in ("trainer", "transport", "generator")), style="bold")
     return _tried(asked, report, env, only)
@@ -147,6 +149,11 @@ def _environment(plugins: Sequence[str]) -> dict[str, str]:
     }
 
 
+def _settings() -> list[str]:
+    """The suite's own, wherever the user stands."""
+    return ["-c", str(Path(_of_suite("checks:__file__")).with_name("pytest.ini")), "-p", "rlbridge", "-p", "timeout"]
+
+
 def _option(name: str, value: str | Path | None) -> list[str]:
     return [] if value is None else [name, str(value)]
 
@@ -161,14 +168,10 @@ def _tried(asked: Sequence[str], report: Path, env: Mapping[str, str], only: str
         raise ConfigError(
             f"no report can be written to {report}: {error.strerror}", todo="--report names a directory"
         ) from error
-    settings = Path(_of_suite("checks:__file__")).with_name("pytest.ini")
     quiet = ["-qq", "-rN", "--disable-warnings"]
     files = [f"--rlbridge-report={report}", f"--junitxml={report / 'junit.xml'}"]
-    # Nothing but the suite's own plugins: others reorder tests, retry them, or run them at once.
-    env = {**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    own = ["-c", str(settings), "-p", "rlbridge", "-p", "timeout"]
     try:
-        code = _run(["pytest", *own, "--pyargs", _SUITE, *quiet, *files, *asked], env)
+        code = _run(["pytest", *_settings(), "--pyargs", _SUITE, *quiet, *files, *asked], env)
     except BaseException:
         (report / "junit.xml").unlink(missing_ok=True)  # of a run that was interrupted
         raise

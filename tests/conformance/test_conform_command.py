@@ -246,6 +246,12 @@ def test_list_names_each_check_once_and_runs_none(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_settings_of_her_project_are_not_the_suites(place: Path) -> None:
+    (place / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\nfilterwarnings = error\n")
+    assert conform(place, "--transport", "reference", "--list").returncode == 0
+
+
+@pytest.mark.slow
 def test_list_without_a_backend_has_every_level(place: Path) -> None:
     ran = conform(place, "--list")
     assert ran.returncode == 0, ran.stderr
