@@ -15,14 +15,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from rlbridge.errors import DeadlineError, SyncError, to_wire
-from rlbridge.sync.messages import Failed, Nothing, Ok, pack, unpack
+from rlbridge.sync.messages import ASIDE, Failed, Nothing, Ok, pack, unpack
 from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts, Open
 
 EXTENSION = "rlbridge_vllm.worker.WorkerExtension"
 PROCESSOR = "rlbridge_vllm.logprobs:Tempered"
-
-_ASIDE = frozenset({"record", "open", "connect", "start_pull", "wait_pull", "verify", "close"})
-"""Calls that leave the parameters alone: the worker extension answers them beside the engine's steps."""
 
 _POLL_SECONDS = (0.0005, 0.02)
 
@@ -143,7 +140,7 @@ class _Calls:
 
     async def _ranks(self, engine: Any, method: str, payload: bytes, seconds: float) -> list[bytes]:
         """`Subscriber.handle` in every rank: between two steps of the engine, or beside them."""
-        if method not in _ASIDE:
+        if method not in ASIDE:
             found: list[bytes] = await engine.collective_rpc("rlbridge_handle", timeout=seconds, args=(method, payload))
             return found
         ticket, limit = secrets.randbits(62), time.monotonic() + seconds

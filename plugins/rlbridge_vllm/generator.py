@@ -15,7 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rlbridge.errors import ConfigError, DeadlineError, ModelError, PeerLostError, RlbridgeError, SyncError
 from rlbridge.roles.batch import Completion, Sampling, Sequences
 from rlbridge.roles.generator import Generator, GeneratorContext, PauseMode
-from rlbridge.sync.messages import result
+from rlbridge.sync.messages import ASIDE, result
 from rlbridge_vllm import requests
 from rlbridge_vllm.arguments import engine_arguments, set_variables
 from rlbridge_vllm.async_serving import AsyncServing
@@ -25,7 +25,6 @@ from rlbridge_vllm.options import VllmGeneratorOptions
 from rlbridge_vllm.processes import Watch
 from rlbridge_vllm.serving import LostError, Reply, Serving
 from rlbridge_vllm.tail import forget_log, keep_log, last_words
-from rlbridge_vllm.worker import ASIDE
 
 T = TypeVar("T")
 

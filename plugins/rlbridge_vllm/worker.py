@@ -16,9 +16,6 @@ from rlbridge_vllm.logprobs import Scoring
 from rlbridge_vllm.sinks import choose_sink
 from rlbridge_vllm.streamed import StreamedSink
 
-ASIDE = frozenset({"record", "open", "connect", "start_pull", "wait_pull", "verify", "close"})
-"""Calls that leave the parameters alone: they are answered beside the worker's own work, so that it goes on generating."""
-
 
 @dataclass
 class _Rank:
@@ -47,8 +44,13 @@ class WorkerExtension:
             name = f"{engine}.rank[{self.rank}]"
             # A wait for bytes may take one thread for long; what the session calls meanwhile takes the other.
             threads = ThreadPoolExecutor(2, thread_name_prefix="rlbridge-rank")
-            subscriber = Subscriber(name, sink, str(self.device), self.rank)
-            self._rlbridge = _Rank(subscriber, sink, Scoring(self.get_model()), threads)
+            old: _Rank | None = getattr(self, "_rlbridge", None)  # of a driver that is gone
+            subscriber = Subscriber(name, sink, str(self.device), self.rank, old.subscriber if old else None)
+            scoring = old.scoring if old else Scoring(self.get_model())
+            scoring.temperature = None
+            if old:
+                old.threads.shutdown(wait=False)
+            self._rlbridge = _Rank(subscriber, sink, scoring, threads)
             return os.getpid(), os.getppid(), how
 
         return answer(run)

@@ -21,6 +21,9 @@ from rlbridge.weights.plan import SinkShare, SourceShare
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
+ASIDE = frozenset({"record", "open", "connect", "start_pull", "wait_pull", "verify", "close"})
+"""The calls of a subscriber that leave the engine's parameters alone: they can be answered beside its steps."""
+
 
 class Nothing(msgspec.Struct, frozen=True):
     """No arguments, or no answer."""

@@ -84,12 +84,16 @@ class _Receipt:
 
 @dataclass
 class _Grave:
-    """An arena of an earlier epoch that may still be written to. `peers_closed`: no peer can begin to any more."""
+    """An arena of an earlier epoch that may still be written to.
+
+    `peers_closed`: no peer can begin to any more. `of_another`: it is of an earlier session, of whose peers nothing is known.
+    """
 
     arena: Arena
     transport: Transport[Any]
     receipt: _Receipt | None
     peers_closed: bool = False
+    of_another: bool = False
 
     def at_rest(self) -> bool:
         if self.receipt is not None and self.receipt.running:
@@ -107,9 +111,13 @@ class Subscriber:
         sink: The engine rank's parameters.
         device: Where the arena lies.
         rank: Which entry of a call's list of payloads is for this rank.
+        instead_of: The subscriber of an earlier session over the same parameters. It is closed; what transfers may still write
+            into is kept.
     """
 
-    def __init__(self, name: str, sink: WeightSink, device: str = "cpu", rank: int = 0) -> None:
+    def __init__(
+        self, name: str, sink: WeightSink, device: str = "cpu", rank: int = 0, instead_of: Subscriber | None = None
+    ) -> None:
         self.name = name
         self.state = "ready"
         self.version = 0
@@ -124,7 +132,7 @@ class Subscriber:
         self._receipt: _Receipt | None = None
         self._verified: tuple[int, list[bytes]] | None = None
         self._quarantined = False
-        self._graveyard: list[_Grave] = []
+        self._graveyard: list[_Grave] = [] if instead_of is None else instead_of._left()
         self._lock = threading.RLock()
 
     def handle(self, method: str, payload: bytes, tensors: Tensors | None = None) -> bytes:
@@ -180,6 +188,15 @@ class Subscriber:
             self._segments, self._verified, self._quarantined = [], None, False
             return Nothing()
 
+    def _left(self) -> list[_Grave]:
+        """Close, and hand over what may still be written into."""
+        self.close()
+        with self._lock:
+            left, self._graveyard = self._graveyard, []
+        for grave in left:
+            grave.of_another = True
+        return left
+
     def _bury(self) -> None:
         """Free the quarantined arenas whose transfers are over."""
         kept = []
@@ -207,7 +224,7 @@ class Subscriber:
         start = time.monotonic()
         self._connected().connect(message.peers, message.copies)
         for grave in self._graveyard:  # every peer has opened this epoch, and so has closed the earlier ones, or is gone
-            grave.peers_closed = True
+            grave.peers_closed = not grave.of_another
         return Timed(time.monotonic() - start)
 
     def _start_pull(self, message: Pull, tensors: Tensors) -> Nothing:

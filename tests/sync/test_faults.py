@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import signal
 import time
@@ -13,9 +14,10 @@ import torch
 
 from rlbridge.errors import DeadlineError, DirtyError, PeerLostError, QuarantineError, SyncError, from_wire, to_wire
 from rlbridge.sync.messages import Nothing, Pull
+from rlbridge.sync.subscriber import Subscriber
 from rlbridge_conformance.toy import ToyEngine
 from tests.sync.stage import MIB_ROWS, Stage, ask, eventually, stopped
-from tests.sync.test_subscriber import arena_bulk, graves, receiving
+from tests.sync.test_subscriber import arena_bulk, graves, receiving, sync_and_count_graves
 
 Make = Callable[..., Stage]
 
@@ -88,6 +90,24 @@ def test_an_engine_that_dies_while_it_installs_leaves_the_other_one_whole(make_s
     assert caught.value.where == {"peer": "generator[1]", "version": "2", "phase": "install"}
     assert stage.engines[0].do("served") == 2
     assert stage.engines[0].do("matches", 2)
+
+
+def test_the_subscriber_of_the_next_driver_keeps_what_may_still_be_written_into(make_stage: Make) -> None:
+    stage = make_stage(1, bulk=32 * MIB_ROWS, transport={"wire": "tcp"}, deadline_seconds=2.0)
+    trainer, engine = stage.trainers[0], stage.engines[0]
+    stage.sync(1)
+    stage.load(2)
+    stage.session.publish(2)
+    trainer.signal(signal.SIGSTOP)
+    with pytest.raises(DeadlineError, match="did not"):
+        stage.session.pull(2)
+    engine.do("apply", begin_anew)
+    assert engine.do("apply", graves) == 1
+    trainer.signal(signal.SIGCONT)
+    stage.session = stage.session_with(deadline_seconds=20.0)
+    stage.session.attach()
+    versions = itertools.count(3)
+    assert eventually(lambda: sync_and_count_graves(stage, next(versions)) == 0)
 
 
 @pytest.mark.parametrize("operation", ["read", "write"])
@@ -253,3 +273,8 @@ def die_in_the_install(engine: ToyEngine) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     engine.generator.subscribers[0]._sink.install = install  # type: ignore[method-assign, assignment]
+
+
+def begin_anew(engine: ToyEngine) -> None:
+    """What an engine does that outlives its driver, when the next one comes."""
+    engine.generator.subscribers = [Subscriber(old.name, old._sink, instead_of=old) for old in engine.generator.subscribers]
