@@ -17,10 +17,15 @@ MUST_BE_BUILT = "RLBRIDGE_TEST_ENVIRONMENTS"
 _SECONDS = 1200
 
 
+def is_built(name: str) -> bool:
+    """Whether an environment can be used."""
+    return state_of(registry().environment(name)) is State.BUILT
+
+
 def python_in(name: str) -> Path:
     """The interpreter of a built environment."""
     environment = registry().environment(name)
-    if state_of(environment) is not State.BUILT:
+    if not is_built(name):
         (pytest.fail if os.environ.get(MUST_BE_BUILT) == "1" else pytest.skip)(f"needs: rlbridge env build {name}")
     return python_of(directory(environment))
 

@@ -128,7 +128,8 @@ class _Calls:
 
     async def _pause(self, engine: Any, mode: str, seconds: float) -> Nothing:
         try:
-            await asyncio.wait_for(engine.pause_generation(mode=mode, clear_cache=False), seconds)
+            # Not `pause_generation`: from vLLM 0.33 on that refuses the requests that come meanwhile.
+            await asyncio.wait_for(engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False), seconds)
         except TimeoutError:
             await engine.resume_generation()
             raise DeadlineError(

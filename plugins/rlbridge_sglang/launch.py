@@ -25,6 +25,8 @@ OLDEST = "0.5.21"
 CPU_VARIABLES = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 """SGLang's CPU path, with no compiler at run time. The ranks inherit them."""
 
+CORES_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
+
 _SOCKET_PATH_BYTES = 100
 _END_SECONDS = 10.0
 
@@ -69,6 +71,8 @@ class Launch:
             for name, value in CPU_VARIABLES.items():
                 os.environ.setdefault(name, value)
         base = _engine_class()
+        if self._context.device == "cpu":
+            _share_cores(self._options.tensor_parallel)
         arguments = engine_arguments(self._context, self._options)
         try:
             self._engine = self._watched(base)(**arguments)
@@ -266,6 +270,16 @@ def _engine_class() -> Any:
             todo=f"install sglang>={OLDEST}",
         )
     return Engine
+
+
+def _share_cores(ranks: int) -> None:
+    """Give each rank cores of its own: SGLang has one for each NUMA node, and starts no more of them unless it is told."""
+    from sglang.srt.utils.common import get_cpu_ids_by_node
+
+    if ranks > len(get_cpu_ids_by_node()):
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+        os.environ.setdefault(CORES_VARIABLE, "|".join(",".join(map(str, share)) for share in shares))
 
 
 def _sockets() -> list[Any]:

@@ -14,11 +14,14 @@ import pytest
 
 from rlbridge_conformance.faults.machine import lacks
 from rlbridge_conformance.report import Result, read_result
+from tests.environments import is_built, python_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 _NATIVE = ["--trainer", "native", "--generator", "native"]
+
 _GLOO, _RDT_NIXL = (["--transport", "rdt", f"transport.tensor_transport={wire}"] for wire in ("gloo", "nixl"))
+_VLLM, _SGLANG = (["--trainer", "native", "--generator", name, "--transport", "nixl"] for name in ("vllm", "sglang"))
 RUNS = {
     "nixl": [*_NATIVE, "--transport", "nixl", "--level", "faults"],
     "self-test": ["--self-test"],
@@ -29,7 +32,11 @@ RUNS = {
     "native over rdt, gloo": [*_NATIVE, *_GLOO, "--from", "sync"],
     "rdt, nixl": [*_RDT_NIXL, "--level", "contract"],
     "native over rdt, nixl": [*_NATIVE, *_RDT_NIXL, "--from", "sync"],
+    "vllm": [*_VLLM, "--level", "faults"],
+    "vllm, two ranks": [*_VLLM, "generator.tensor_parallel=2", "--level", "faults"],
+    "sglang": [*_SGLANG, "--level", "faults"],
 }
+ENVIRONMENTS = {"vllm": "vllm-cpu", "vllm, two ranks": "vllm-cpu", "sglang": "sglang-cpu"}
 WIRES = {
     "nixl": "cma",
     "object_store": "plasma",
@@ -39,6 +46,7 @@ WIRES = {
     "native over rdt, gloo": "gloo",
     "rdt, nixl": "nixl",
     "native over rdt, nixl": "nixl",
+    **dict.fromkeys(ENVIRONMENTS, "cma"),
 }
 
 
@@ -57,11 +65,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
         return report, done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name) for name in RUNS}
+        yield {name: pool.submit(run, name) for name in RUNS if name not in ENVIRONMENTS or is_built(ENVIRONMENTS[name])}
 
 
 @pytest.mark.parametrize("name", WIRES)
 def test_a_pair_passes_what_this_machine_can_run(runs: dict[str, Future[tuple[Path, int, str]]], name: str) -> None:
+    if name in ENVIRONMENTS:
+        python_in(ENVIRONMENTS[name])
     report, code, said = runs[name].result()
     result = read_result(report)
     bad = [check for check in result.checks if check.state in ("fail", "error")]

@@ -41,13 +41,14 @@ class Bridge:
         return self.session.sync(self.version)
 
     def digests(self) -> bytes:
-        """Of what is served."""
+        """Of what is served, rank by rank."""
         replies = self.engine.handle("live_digests", msgspec.msgpack.encode([pack(Nothing())]))
-        return result(replies[0], Digests).joined
+        return b"".join(result(reply, Digests).joined for reply in replies)
 
     def scramble(self) -> None:
         """Fill the engine's parameters with what are no weights."""
-        result(self.engine.handle("scramble", msgspec.msgpack.encode([pack(Nothing())]))[0], Nothing)
+        for reply in self.engine.handle("scramble", msgspec.msgpack.encode([pack(Nothing())])):
+            result(reply, Nothing)
 
     def published(self) -> list[TensorMeta]:
         """What the trainer publishes."""

@@ -24,9 +24,10 @@ PROMPTS = [[5, 9, 17], [8, 23, 31, 44], [50, 2, 45], [14, 39, 27, 60, 71]]
 LONG = [[(7 * i * i + 3 * row * i + 5) % 90 + 2 for i in range(70 + row)] for row in range(3)]
 
 
-@pytest.fixture(scope="module", params=models.KINDS)
+@pytest.fixture(scope="module", params=[*((kind, 1) for kind in models.KINDS), ("llama", 2)], ids=str)
 def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bridge]:
-    made = Bridge(tmp_path_factory.mktemp("models") / request.param, request.param)
+    kind, ranks = request.param
+    made = Bridge(tmp_path_factory.mktemp("models") / kind, kind, tensor_parallel=ranks)
     yield made
     made.close()
 

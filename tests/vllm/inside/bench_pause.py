@@ -1,4 +1,7 @@
-"""How long a direct update of half a GiB pauses an engine, beside one memory copy of as many bytes. A script, no test."""
+"""How long an update of half a GiB pauses an engine, beside one memory copy of as many bytes. A script, no test.
+
+Of one model, one after the other: vLLM's own `load_weights` (install=streamed), and copies into its parameters (direct).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,26 +31,50 @@ def main() -> None:
     own = {**_SIZES, "vocab_size": 4096, "initializer_range": 0.02, "tie_word_embeddings": False}
     models.KINDS["large"] = ("Qwen3", own)
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as directory:
-        bridge = Bridge(Path(directory), "large", engine=given.engine, tensor_parallel=given.ranks)
-        reports = [bridge.sync() for _ in range(6)][1:]  # the first touches its memory for the first time
-        calls = []
-        for _ in range(20):
-            start = time.perf_counter()
-            bridge.generator._engine.rpc("rlbridge_score_at", (None,), 60.0)
-            calls.append(time.perf_counter() - start)
-        bridge.close()
-    source, target = (torch.ones(reports[0].bytes, dtype=torch.uint8) for _ in range(2))
-    copies = []
-    for _ in range(5):
-        start = time.perf_counter()
-        copy_all(target.chunk(8), source.chunk(8))
-        copies.append(time.perf_counter() - start)
-    print(f"{reports[0].bytes / 2**20:.0f} MiB, {given.engine}, {given.ranks} rank(s); medians in ms")
-    print(f"one copy of as many bytes: {1000 * statistics.median(copies):.0f}")
-    for phase in reports[0].phases:  # the pause is the install, hashing the live parameters (as long as verify), and calls
-        print(f"{phase}: {1000 * statistics.median(report.phases[phase] for report in reports):.0f}")
-    print(f"one call of all ranks: {1000 * statistics.median(calls):.1f}")
+    for install in ("direct", "streamed"):
+        with tempfile.TemporaryDirectory() as directory:
+            measure(Path(directory), install, engine=given.engine, ranks=given.ranks)
+
+
+def measure(directory: Path, install: str, engine: str, ranks: int) -> None:
+    """Six syncs of one engine, and copies of as many bytes between them: both see the same machine."""
+    bridge = Bridge(directory, "large", engine=engine, tensor_parallel=ranks, install=install)
+    bridge.sync()  # touches its memory for the first time
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in bridge.model.state_dict().values())
+    source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
+    reports, copies = [], []
+    for _ in range(7):
+        reports.append(bridge.sync())
+        copies.append(_seconds(lambda: copy_all(target.chunk(8), source.chunk(8))))
+    call = _median([_seconds(lambda: bridge.generator._engine.rpc("rlbridge_score_at", (None,), 60.0)) for _ in range(20)])
+    empty = _median([_seconds(lambda: _empty_pause(bridge)) for _ in range(7)])
+    bridge.close()
+    copy, pause = _median(copies), _median([report.phases["pause"] for report in reports])
+    print(f"{nbytes / 2**20:.0f} MiB, {engine}, {ranks} rank(s), {install}; medians of {len(reports)} in ms")
+    print(f"  one copy of as many bytes: {1000 * copy:.0f}")
+    for phase in reports[0].phases:
+        print(f"  {phase}: {1000 * _median([report.phases[phase] for report in reports]):.0f}")
+    print(f"  a pause in which nothing is done: {1000 * empty:.0f}; one call of all ranks: {1000 * call:.1f}")
+    print(f"  pause without those, over one copy: {(pause - empty) / copy:.2f}")
+
+
+def _empty_pause(bridge: Bridge) -> None:
+    bridge.generator.pause("wait")
+    for _ in range(3):  # install, check, commit
+        bridge.generator._engine.rpc("rlbridge_score_at", (None,), 60.0)
+    bridge.generator.invalidate_caches()
+    bridge.generator.version = bridge.version
+    bridge.generator.resume()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
 
 
 if __name__ == "__main__":
