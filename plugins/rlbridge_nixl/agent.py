@@ -18,7 +18,10 @@ from rlbridge.machine import quiet_ucx
 if TYPE_CHECKING:
     import torch
 
-_TLS = {"shm": "cma,tcp,self", "tcp": "tcp,self", "rdma": "rc,ud,dc,cuda_copy,gdr_copy,self"}
+_TLS = {"shm": "cma,tcp,self", "tcp": "tcp,self", "rdma": "rc,ud,dc,self"}
+
+_CUDA_TLS = {"shm": "cuda_ipc,cuda_copy,gdr_copy", "tcp": "cuda_copy,gdr_copy", "rdma": "cuda_copy,gdr_copy"}
+"""What UCX needs besides to know memory of GPUs, and to stage it."""
 
 _PROGRESS_MICROSECONDS = 5000
 """How long an agent's progress thread sleeps at most. Events wake it; this is for what has none."""
@@ -26,8 +29,8 @@ _PROGRESS_MICROSECONDS = 5000
 _logs: dict[int, str] = {}  # by process, since a fork inherits this dict: where UCX writes its report
 
 
-def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
-    """A NIXL agent with UCX, and its unique name.
+def make_agent(name: str, wire: str, net_devices: str, device: str) -> tuple[Any, str]:
+    """A NIXL agent with UCX for memory of `device`, and its unique name.
 
     Raises:
         TransportError: NIXL has no UCX backend here that can use the wire.
@@ -42,7 +45,7 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
         backends=["UCX"], capture_telemetry=True, sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
     )
     try:
-        with _environment(_ucx_variables(wire, net_devices)), _patient_progress(nixl.nixlBind):
+        with _environment(_ucx_variables(wire, net_devices, device)), _patient_progress(nixl.nixlBind):
             return nixl.nixl_agent(unique, config), unique
     except Exception as error:
         raise TransportError(
@@ -54,11 +57,11 @@ def make_agent(name: str, wire: str, net_devices: str) -> tuple[Any, str]:
         ) from error
 
 
-def _ucx_variables(wire: str, net_devices: str) -> dict[str, str]:
+def _ucx_variables(wire: str, net_devices: str, device: str) -> dict[str, str]:
     """What UCX reads when it is loaded, by the process's first agent (the log), and when an agent is made (the rest)."""
     made = {"UCX_LOG_FILE": _log(), "UCX_PROTO_INFO": "y"}
     if wire in _TLS:
-        made["UCX_TLS"] = _TLS[wire]
+        made["UCX_TLS"] = _TLS[wire] if device == "cpu" else f"{_TLS[wire]},{_CUDA_TLS[wire]}"
     if net_devices:
         made["UCX_NET_DEVICES"] = net_devices
     elif wire == "shm":  # one host by definition; UCX listens on every interface that it may use

@@ -47,6 +47,10 @@ class _Transfer(msgspec.Struct):
     state: str = "IDLE"
 
 
+_STAGING = ("cuda_copy", "gdr_copy")
+"""How UCX takes bytes out of a GPU before they go by a wire, and into one after."""
+
+
 class NixlTransport(Transport[NixlOptions]):
     """One end of a NIXL wire."""
 
@@ -62,7 +66,7 @@ class NixlTransport(Transport[NixlOptions]):
         self._options = options
         self._acts = (options.operation == "read") == (context.side == "sink")
         self._agent: Any
-        self._agent, self._agent_name = nixl_face.make_agent(context.name, options.wire, options.net_devices)
+        self._agent, self._agent_name = nixl_face.make_agent(context.name, options.wire, options.net_devices, context.device)
         self._blocks: list[torch.Tensor] = []
         self._registered: Any = None
         self._peers: dict[str, str] = {}  # the peer's name in the session -> its agent
@@ -246,9 +250,10 @@ class NixlTransport(Transport[NixlOptions]):
         if wanted == "any":
             return
         used = nixl_face.wires_used(self._agent_name, self._options.operation)
-        fits = {"shm": ("cma", "sysv", "posix", "xpmem", "knem"), "tcp": ("tcp",), "rdma": ("rc", "dc", "ud")}[wanted]
-        strange = [w for w in used if not w.startswith(fits)]
-        if strange or not used:
+        one_host = ("cma", "sysv", "posix", "xpmem", "knem", "cuda_ipc")
+        fits = {"shm": one_host, "tcp": ("tcp",), "rdma": ("rc", "dc", "ud")}[wanted]
+        strange = [w for w in used if not w.startswith((*fits, *_STAGING))]
+        if strange or not any(w.startswith(fits) for w in used):
             raise TransportError(
                 f"the bytes went by {', '.join(strange) or 'an unknown wire'}, not by {wanted}",
                 rank=self._context.name,

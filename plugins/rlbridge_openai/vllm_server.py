@@ -8,18 +8,22 @@ take no bytes, and are open to whoever reaches the port, with a key or without.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from rlbridge.errors import DeadlineError, SyncError, to_wire
+from rlbridge.errors import ConfigError, DeadlineError, SyncError, to_wire
 from rlbridge.sync.messages import ASIDE, Failed, Nothing, Ok, pack, unpack
 from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts, Open
 
 EXTENSION = "rlbridge_vllm.worker.WorkerExtension"
 PROCESSOR = "rlbridge_vllm.logprobs:Tempered"
+
+INSECURE_VARIABLE = "RLBRIDGE_INSECURE"
+"""1: hosts other than this one are answered without a key, too."""
 
 _POLL_SECONDS = (0.0005, 0.02)
 
@@ -50,6 +54,22 @@ class Control:
         await self._app(scope, receive, named)
 
 
+def _check_stranger(host: str | None, key: object) -> None:
+    """Answer nobody on another host where vLLM asks for no key: these calls read and change weights.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    if host is None or key or os.environ.get("VLLM_API_KEY") or os.environ.get(INSECURE_VARIABLE) == "1":
+        return
+    if not ipaddress.ip_address(host).is_loopback:
+        raise ConfigError(
+            "the server asks for no key: whoever reaches it could change its weights",
+            role="generator",
+            todo=f"start it with VLLM_API_KEY in its environment ({INSECURE_VARIABLE}=1 allows it without)",
+        )
+
+
 def _add_route(app: Any, calls: _Calls) -> None:
     from starlette.requests import Request
     from starlette.responses import Response
@@ -58,6 +78,7 @@ def _add_route(app: Any, calls: _Calls) -> None:
     async def handle(request: Request) -> Response:
         """An answer of ours, or an error of ours: both as bytes."""
         try:
+            _check_stranger(request.client.host if request.client else None, getattr(request.app.state.args, "api_key", None))
             found = await calls.answer(
                 request.app.state, dict(request.path_params), dict(request.query_params), await request.body()
             )
@@ -190,6 +211,7 @@ def _missing(config: Any, arguments: Any) -> list[str]:
         """--weight-transfer-config '{"backend": "rlbridge"}'""": getattr(transfer, "backend", None) == "rlbridge",
         "--api-server-count 1": (getattr(arguments, "api_server_count", None) or 1) == 1,
         "--data-parallel-size 1": parallel.data_parallel_size == 1,
+        "--no-enable-eplb": not getattr(parallel, "enable_eplb", False),
         "VLLM_USE_V2_MODEL_RUNNER=0": os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
     }
     return [flag for flag, there in asked.items() if not there]

@@ -9,8 +9,8 @@ from vllm.config import WeightTransferConfig
 
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge_vllm.cpu import EAGER_VARIABLE, PREPACK_VARIABLE
-from rlbridge_vllm.model_files import has_tokenizer
-from rlbridge_vllm.options import VllmGeneratorOptions
+from rlbridge_vllm.model_files import checkpoint_bytes, has_tokenizer
+from rlbridge_vllm.options import VllmGeneratorOptions, share_of_vllm
 from rlbridge_vllm.processes import ACTOR_VARIABLE
 from rlbridge_vllm.registration import TRANSFER_BACKEND
 from rlbridge_vllm.tail import LOG_VARIABLE
@@ -29,7 +29,7 @@ def engine_arguments(context: GeneratorContext, options: VllmGeneratorOptions) -
         "seed": context.seed + context.engine,
         "tensor_parallel_size": options.tensor_parallel,
         "max_model_len": options.max_model_len,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "gpu_memory_utilization": options.gpu_memory_utilization if on_cpu else _share_of_vllm(context, options),
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
         "enforce_eager": _eager(options, context.device),
         "skip_tokenizer_init": not has_tokenizer(context.model_path),
@@ -40,6 +40,18 @@ def engine_arguments(context: GeneratorContext, options: VllmGeneratorOptions) -
         "weight_transfer_config": WeightTransferConfig(backend=TRANSFER_BACKEND),
     }
     return {"use_tqdm_on_load": False, **options.engine_args, **ours}
+
+
+def _share_of_vllm(context: GeneratorContext, options: VllmGeneratorOptions) -> float:
+    """What vLLM may take of a GPU: what the engine may, less the arena of its updates, which is made after vLLM has taken all.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    from vllm.platforms import current_platform
+
+    total = current_platform.get_device_total_memory()
+    return share_of_vllm(options, checkpoint_bytes(context.model_path, options.dtype), total)
 
 
 def set_variables(options: VllmGeneratorOptions, device: str, log: str) -> None:

@@ -41,7 +41,8 @@ class AsyncServing(Serving):
     @staticmethod
     def configure(arguments: dict[str, Any]) -> Any:
         """vLLM's configuration of these arguments, checked by vLLM."""
-        return AsyncEngineArgs(**arguments).create_engine_config()
+        executor = "uni" if arguments.get("tensor_parallel_size", 1) == 1 else "mp"  # never Ray's: the actor has all the GPUs
+        return AsyncEngineArgs(**arguments, distributed_executor_backend=executor).create_engine_config()
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         return self._wait(self._generate(requests))

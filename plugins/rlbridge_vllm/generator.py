@@ -180,6 +180,12 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             raise ConfigError(f"vLLM: {error}", role="generator", todo="look at generator.engine_args") from error
         except Exception as error:
             raise ModelError(f"vLLM does not take the model {self._path}: {error}", role="generator") from error
+        if config.use_v2_model_runner:
+            raise ConfigError(
+                "vLLM runs this with its second model runner, which has neither rlbridge's log-probs nor its scores",
+                role="generator",
+                todo="look at generator.engine_args",
+            )
         keep_log(self._log)  # vLLM has now set up its own logging, and its processes inherit both
         try:
             return kind(config)

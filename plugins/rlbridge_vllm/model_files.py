@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class Checkpoint:
         self._file_of: dict[str, str] = {}
         for file in names:
             for name, meta in _header(directory / file).items():
+                if meta["dtype"] not in _DTYPES:
+                    raise LayoutError(f"{file} has a tensor of dtype {meta['dtype']}, which cannot be replaced", tensor=name)
                 self._metas[name] = TensorMeta(name, tuple(meta["shape"]), _DTYPES[meta["dtype"]])
                 self._file_of[name] = file
 
@@ -111,6 +114,19 @@ class Checkpoint:
     @functools.cache  # noqa: B019  (as many as there are files, and the checkpoint lives as long as its sink)
     def _open(self, file: str) -> Any:
         return safe_open(self._directory / file, "pt")
+
+
+def checkpoint_bytes(path: str, dtype: str) -> int:
+    """Bytes of all tensors, with floating-point numbers of more than one byte in `dtype`; 0 where no file says it."""
+    try:
+        tensors = checkpoint_of(path).tensors()
+    except (LayoutError, OSError, ValueError):
+        return 0
+    served = getattr(torch, dtype).itemsize
+    return sum(
+        math.prod(meta.shape) * (served if width.is_floating_point and width.itemsize > 1 else width.itemsize)
+        for meta, width in ((meta, getattr(torch, meta.dtype)) for meta in tensors)
+    )
 
 
 def checkpoint_of(path: str) -> Checkpoint:

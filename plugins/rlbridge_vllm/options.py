@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlbridge.errors import ConfigError
 from rlbridge.roles.generator import GeneratorOptions
 
 _OWN_OPTIONS = {
@@ -25,6 +26,9 @@ _OURS = frozenset(
         "async_scheduling",
         "data_parallel_size",
         "distributed_executor_backend",
+        "enable_elastic_ep",
+        "enable_eplb",
+        "eplb_config",
         "generation_config",
         "logits_processors",
         "logprobs_mode",
@@ -51,7 +55,9 @@ class VllmGeneratorOptions(GeneratorOptions):
     )
     tensor_parallel: int = Field(1, ge=1, description="Ranks of an engine; each is a worker process of vLLM.")
     max_model_len: int | None = Field(None, ge=2, description="Most tokens of a prompt and its completion; null: the model's.")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM may take in all.")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory that the engine may take in all, with the arena of its updates."
+    )
     kv_cache_gib: float | None = Field(
         None,
         gt=0,
@@ -90,3 +96,21 @@ class VllmGeneratorOptions(GeneratorOptions):
                 f"tensor_parallel={self.tensor_parallel} needs as many GPUs, and resources.gpus is {self.resources.gpus:g}"
             )
         return self
+
+
+def share_of_vllm(options: VllmGeneratorOptions, model_bytes: int, gpu_bytes: int) -> float:
+    """The share of a GPU that is left for vLLM beside the arena: each rank's slice of the weights, or all of them (streamed).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    arena = model_bytes if options.install == "streamed" else model_bytes / options.tensor_parallel
+    share = options.gpu_memory_utilization - arena / gpu_bytes
+    if share <= 0:
+        raise ConfigError(
+            f"the arena of the updates takes {arena / 2**30:.1f} GiB on each GPU of {gpu_bytes / 2**30:.0f} GiB, and nothing is"
+            f" left of generator.gpu_memory_utilization={options.gpu_memory_utilization:g}",
+            role="generator",
+            todo="take more GPUs an engine (generator.tensor_parallel)",
+        )
+    return share

@@ -8,13 +8,14 @@ compared with the files that it was loaded from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rlbridge.errors import LayoutError
 from rlbridge.roles.sink import RecordedSink, WeightSink
+from rlbridge.weights.digest import digests
 from rlbridge.weights.layout import Layout, Piece, TensorMeta
 from rlbridge.weights.record import record
 from rlbridge_vllm.model_files import Checkpoint, checkpoint_of
@@ -35,7 +36,7 @@ def choose_sink(worker: Any, install: str, path: str) -> tuple[WeightSink, str]:
     checkpoint = checkpoint_of(path)
     if install != "streamed":
         try:
-            return DirectSink(worker.get_model(), checkpoint), "direct"
+            return DirectSink(worker.get_model(), checkpoint, lambda: _derive_anew(worker)), "direct"
         except LayoutError as error:
             if install == "direct":
                 error.todo = "set generator.install to auto or streamed: vLLM then loads the weights anew"
@@ -51,9 +52,9 @@ class DirectSink(RecordedSink):
         LayoutError: a tensor is computed with, or a parameter does not hold what the loader puts there.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint, refresh: Callable[[], None]) -> None:
         parameters = _parameters(model)
-        super().__init__(model.load_weights, parameters)
+        super().__init__(model.load_weights, parameters, refresh)
         self._model, self._checkpoint = model, checkpoint
         pieces = record(model.load_weights, checkpoint.tensors(), parameters)
         for piece in pieces:
@@ -72,6 +73,17 @@ class DirectSink(RecordedSink):
     def live(self) -> list[torch.Tensor]:
         self._parameters.update(_parameters(self._model))  # vLLM may have put others in their place
         return super().live()
+
+
+def _derive_anew(worker: Any) -> None:
+    """What attention layers make of their parameters, as vLLM's own reload has them make it again."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        for layer in worker.get_model().modules():
+            if is_deferred_attention_layer(layer):
+                layer.process_weights_after_loading(worker.model_config.dtype)
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -95,7 +107,7 @@ def _compare(piece: Piece, parameters: Mapping[str, torch.Tensor], checkpoint: C
             box[0] = slice(region.offset[0] + row, region.offset[0] + row + 1)
         shown = live[row : row + 1] if len(box) > 1 else live
         filed = checkpoint.read(region.tensor, tuple(box)).to(live.dtype)
-        if not torch.equal(shown.cpu().reshape(-1), filed.reshape(-1)):
+        if digests([shown]) != digests([filed]):
             raise LayoutError(
                 f"vLLM keeps {region} in its parameter {piece.storage!r} in another form than its loader writes",
                 tensor=region.tensor,

@@ -76,8 +76,6 @@ class WorkerExtension:
         self._rlbridge.scoring.temperature = temperature
 
     def _aside(self, method: str, payload: bytes) -> bytes:
-        if self.device.type != "cpu":
-            torch.accelerator.set_device_index(self.device.index)  # a thread has a current device of its own
         if method == "start_pull" and isinstance(self._rlbridge.sink, StreamedSink):
             self._rlbridge.sink.arena_changes()
         return self._rlbridge.subscriber.handle(method, payload)

@@ -293,6 +293,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def use_device(device: str) -> None:
+    """Make the device the calling thread's own: a new thread begins with the first."""
+    index = torch.device(device).index
+    if index is not None and device != "cpu":
+        torch.accelerator.set_device_index(index)
+
+
 def _hash(segments: list[torch.Tensor]) -> Digests:
     start = time.monotonic()
     joined = b"".join(digests(segments))

@@ -39,7 +39,7 @@ from rlbridge.sync.messages import (
     answer,
     unpack,
 )
-from rlbridge.sync.publisher import open_transport, synchronize
+from rlbridge.sync.publisher import open_transport, synchronize, use_device
 from rlbridge.weights.arena import Arena
 from rlbridge.weights.digest import BYTES, digests
 from rlbridge.weights.plan import SinkShare
@@ -53,7 +53,8 @@ _SLACK_SECONDS = 1.0
 class _Receipt:
     """One pull, on a thread of its own."""
 
-    def __init__(self, transport: Transport[Any], message: Pull, tensors: Tensors) -> None:
+    def __init__(self, transport: Transport[Any], message: Pull, tensors: Tensors, device: str) -> None:
+        self._device = device
         self.version = message.version
         self.pulled: Pulled | None = None
         self.error: BaseException | None = None
@@ -73,6 +74,7 @@ class _Receipt:
         start = time.monotonic()
         message = self._message
         try:
+            use_device(self._device)
             nbytes = self._transport.receive(message.version, message.slot, self._tensors, start + message.seconds)
             self.pulled = Pulled(nbytes, time.monotonic() - start, self._transport.evidence())
         except BaseException as error:  # kept, and raised by the thread that waits
@@ -136,7 +138,8 @@ class Subscriber:
         self._lock = threading.RLock()
 
     def handle(self, method: str, payload: bytes, tensors: Tensors | None = None) -> bytes:
-        """Answer one call of the session. `payload` is a list with one message for each rank of the engine."""
+        """Answer one call of the session, on any thread. `payload` is a list with one message for each rank of the engine."""
+        use_device(self._device)
         messages = msgspec.msgpack.decode(payload, type=list[bytes])
         return answer(lambda: self._dispatch(method, messages[self._rank % len(messages)], tensors or {}))
 
@@ -247,7 +250,7 @@ class Subscriber:
                 version=message.version,
             )
         self._verified = None
-        self._receipt = _Receipt(transport, message, tensors)
+        self._receipt = _Receipt(transport, message, tensors, self._device)
         return Nothing()
 
     def _wait_pull(self, message: Wait) -> Pulled:

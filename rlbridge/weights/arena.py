@@ -23,10 +23,12 @@ class Arena:
             size = max(nbytes, 1)
             self.tensor = _host_memory(size) if device == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
             self.tensor.fill_(1)
+            if self.tensor.is_cuda:  # a peer, who knows no streams, may write as soon as it has the address
+                torch.cuda.synchronize(self.tensor.device)
         except (RuntimeError, OSError) as error:
             raise ResourceError(
                 f"an arena of {nbytes / 2**20:.0f} MiB cannot be allocated on {device}: {error}",
-                todo="a trainer rank needs two arenas of its shard, an engine rank one of its slice",
+                todo="a trainer rank needs two arenas of its shard, an engine rank one of its slice: leave room for it",
             ) from error
 
     def view(self, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -122,7 +122,7 @@ def test_the_module_is_imported_without_nixl_and_torch() -> None:
 
 
 def variables() -> dict[tuple[str, str], Mapping[str, str]]:
-    return {(w, d): _ucx_variables(w, d) for w, d in (("any", ""), ("tcp", "eth0"), ("shm", ""))}
+    return {(w, d): _ucx_variables(w, d, "cpu") for w, d in (("any", ""), ("tcp", "eth0"), ("shm", ""))}
 
 
 def in_a_child(function: object) -> dict[tuple[str, str], Mapping[str, str]]:

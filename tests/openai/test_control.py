@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlbridge.errors import DeadlineError, SyncError
+from rlbridge.errors import ConfigError, DeadlineError, SyncError
 from rlbridge.sync.messages import pack
 from rlbridge_openai.messages import INSTANCE_HEADER, Open
-from rlbridge_openai.vllm_server import Control, _Calls
+from rlbridge_openai.vllm_server import Control, _Calls, _check_stranger
 
 
 class Engine:
@@ -21,6 +21,7 @@ class Engine:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.polls: dict[int, int] = {}
         self.asleep = self.paused = False
+        self.engine_core = self
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="a/model"))
 
     async def collective_rpc(self, method: str, timeout: float, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -32,7 +33,7 @@ class Engine:
         self.calls.append((method, args))
         return [b"zero", b"one"]
 
-    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+    async def pause_scheduler_async(self, mode: str, clear_cache: bool) -> None:
         self.calls.append(("pause", (mode, clear_cache)))
         self.paused = True
         if mode == "wait":
@@ -79,6 +80,21 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_longer_than_asked() -> No
     engine.asleep = True
     with pytest.raises(DeadlineError, match=r"a rank did not answer 'verify' within 0\.2 s"):
         ask(calls, engine, {"method": "verify"}, seconds="0.2")
+
+
+@pytest.mark.parametrize("host", ["10.0.0.7", "2001:db8::7"])
+def test_a_stranger_is_answered_where_vllm_asks_for_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for local in (None, "127.0.0.1", "::1"):
+        _check_stranger(local, None)
+    with pytest.raises(ConfigError, match="asks for no key"):
+        _check_stranger(host, None)
+    _check_stranger(host, ["sk-0"])
+    monkeypatch.setenv("VLLM_API_KEY", "sk-0")
+    _check_stranger(host, None)
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    monkeypatch.setenv("RLBRIDGE_INSECURE", "1")
+    _check_stranger(host, None)
 
 
 def test_a_pause_that_does_not_come_to_an_end_is_undone() -> None:

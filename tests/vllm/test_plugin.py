@@ -16,12 +16,12 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from rlbridge.errors import LayoutError, ModelError
+from rlbridge.errors import ConfigError, LayoutError, ModelError
 from rlbridge.plugins import registry
 from rlbridge.weights.layout import TensorMeta
 from rlbridge_vllm import rlbridge_environments
-from rlbridge_vllm.model_files import Checkpoint, check_directory, has_tokenizer
-from rlbridge_vllm.options import VllmGeneratorOptions
+from rlbridge_vllm.model_files import Checkpoint, check_directory, checkpoint_bytes, has_tokenizer
+from rlbridge_vllm.options import VllmGeneratorOptions, share_of_vllm
 from rlbridge_vllm.processes import Watch
 from rlbridge_vllm.tail import last_words
 
@@ -45,6 +45,7 @@ def test_the_plugin_is_listed_without_vllm() -> None:
         ("dtype", "generator.dtype"),
         ("logprobs_mode", "rlbridge's own"),
         ("speculative_config", "rlbridge's own"),
+        ("enable_eplb", "rlbridge's own"),
     ],
 )
 def test_an_argument_that_rlbridge_sets_is_refused_by_name(key: str, told: str) -> None:
@@ -58,6 +59,22 @@ def test_a_rank_needs_a_gpu_of_its_own() -> None:
         options(tensor_parallel=4, resources={"gpus": 2})
     assert options(tensor_parallel=4).resources.gpus == 0
     assert options(tensor_parallel=4, resources={"gpus": 4}).tensor_parallel == 4
+
+
+def test_vllm_leaves_room_for_the_arena_of_its_updates() -> None:
+    gib = 2**30
+    assert share_of_vllm(options(), 16 * gib, 80 * gib) == pytest.approx(0.7)
+    assert share_of_vllm(options(tensor_parallel=2), 16 * gib, 80 * gib) == pytest.approx(0.8)
+    assert share_of_vllm(options(tensor_parallel=2, install="streamed"), 16 * gib, 80 * gib) == pytest.approx(0.7)
+    with pytest.raises(ConfigError, match=r"takes 75\.0 GiB on each GPU of 80 GiB"):
+        share_of_vllm(options(), 75 * gib, 80 * gib)
+
+
+def test_the_bytes_of_a_checkpoint_are_those_that_are_served(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.int32), "c": torch.zeros(7).to(torch.float8_e4m3fn)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert checkpoint_bytes(str(tmp_path), "bfloat16") == 12 * 2 + 5 * 4 + 7
+    assert checkpoint_bytes(str(tmp_path / "none"), "bfloat16") == 0
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
