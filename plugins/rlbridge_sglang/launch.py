@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import json
 import os
 import shutil
 import sys
@@ -26,6 +27,9 @@ CPU_VARIABLES = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 """SGLang's CPU path, with no compiler at run time. The ranks inherit them."""
 
 CORES_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
+
+_OF_MOE_RUNNERS = {"moe_runner_backend", "moe_a2a_backend", "quantization"}
+"""Arguments that choose an MoE runner, or leave no choice of it."""
 
 _SOCKET_PATH_BYTES = 100
 _END_SECONDS = 10.0
@@ -221,7 +225,12 @@ class Launch:
 
 
 def engine_arguments(context: GeneratorContext, options: SglangGeneratorOptions) -> dict[str, Any]:
-    """What `sglang.Engine` is given. On a CPU it is given kernels and sizes that a CPU has; all else is the same."""
+    """What `sglang.Engine` is given.
+
+    On a CPU it is given kernels and sizes that a CPU has. On CUDA an MoE that is not quantized is given the runner that leaves
+    weights as they are loaded: what SGLang chooses on some devices moves their rows, and a sync could not write them. All else
+    is the same.
+    """
     arguments: dict[str, Any] = {
         "model_path": context.model_path,
         "trust_remote_code": context.trust_remote_code,
@@ -244,6 +253,8 @@ def engine_arguments(context: GeneratorContext, options: SglangGeneratorOptions)
             "max_total_tokens": 32768,
             "max_running_requests": 64,
         }
+    elif not _OF_MOE_RUNNERS & options.engine_args.keys() and _is_plain_moe(context.model_path):
+        arguments["moe_runner_backend"] = "triton"
     chosen: dict[str, Any] = {
         "context_length": options.context_length,
         "mem_fraction_static": options.memory_fraction,
@@ -257,6 +268,17 @@ def engine_arguments(context: GeneratorContext, options: SglangGeneratorOptions)
 def has_tokenizer(model_path: str) -> bool:
     """Whether the directory holds one; transformers makes an empty tokenizer where it does not."""
     return any(Path(model_path).glob("tokenizer*"))
+
+
+def _is_plain_moe(model_path: str) -> bool:
+    """Whether the model has experts, and its weights are not quantized."""
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # no model; SGLang says so
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # that of the text, for example
+    quantized = any(part.get("quantization_config") or part.get("compression_config") for part in parts)
+    return not quantized and any(value for part in parts for key, value in part.items() if "experts" in key)
 
 
 def _engine_class() -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlbridge.roles.generator import GeneratorOptions
 
@@ -38,6 +38,7 @@ RESERVED = {
     "speculative_algorithm": "a draft model would keep the weights that it was loaded with",
     "disaggregation_mode": "an engine reads its prompts and answers them itself",
     "enable_lora": "a sync writes the model's own weights",
+    "enable_eplb": "experts would move away from where a sync writes them",
     "weight_cache_mode": "it refuses every change of the weights",
     "custom_weight_loader": "rlbridge writes the weights itself",
     "custom_sigquit_handler": "rlbridge watches over the engine's processes itself",
@@ -82,3 +83,11 @@ class SglangGeneratorOptions(GeneratorOptions):
         if taken := sorted(given.keys() & RESERVED.keys()):
             raise ValueError("; ".join(f"{key} cannot be set here: {RESERVED[key]}" for key in taken))
         return given
+
+    @model_validator(mode="after")
+    def _has_a_gpu_a_rank(self) -> Self:
+        if 0 < self.resources.gpus < self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} needs as many GPUs, and resources.gpus is {self.resources.gpus:g}"
+            )
+        return self

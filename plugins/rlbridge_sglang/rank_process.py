@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import logging
 import os
 import signal
@@ -77,7 +79,7 @@ def _with_subscriber(base: Any, spec: RankSpec, rank: int) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             with _telling_why(spec, rank):
                 super().__init__(*args, **kwargs)
-                self.rlbridge_server = _serve(spec, rank, self.tp_worker.model_runner.model)
+                self.rlbridge_server = _serve(spec, rank, self.tp_worker.model_runner)
 
         def run_event_loop(self) -> None:
             with _telling_why(spec, rank):
@@ -91,11 +93,27 @@ def _with_subscriber(base: Any, spec: RankSpec, rank: int) -> Any:
     return RankScheduler
 
 
-def _serve(spec: RankSpec, rank: int, model: Any) -> RankServer:
+def derived_copies(model_runner: Any) -> str:
+    """SGLang's own word on why the model's weights cannot be updated: it computes with copies that nobody would renew.
+
+    Empty where they can be, and for an SGLang that has no word on it. Its versions ask the model, its runner or neither.
+    """
+    try:
+        from sglang.srt.model_executor.model_runner_components import weight_updater
+    except ImportError:
+        return ""
+    ask = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
+    if ask is None:
+        return ""
+    known = {"model": model_runner.model, "model_runner": model_runner}
+    return ask(**{name: known[name] for name in inspect.signature(ask).parameters if name in known}) or ""
+
+
+def _serve(spec: RankSpec, rank: int, model_runner: Any) -> RankServer:
     from rlbridge.sync.subscriber import Subscriber
     from rlbridge_sglang.model_sink import ModelSink
 
-    sink = ModelSink(model)
+    sink = ModelSink(model_runner.model, functools.partial(derived_copies, model_runner))
     device = str(next(iter(sink.loaded.values())).device)
     subscriber = Subscriber(rank_name(spec.engine, rank), sink, device, rank)
     return RankServer(socket_path(spec.directory, rank), subscriber.handle)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -61,6 +63,37 @@ def test_a_cpu_differs_in_kernels_and_sizes_alone() -> None:
         *("max_total_tokens", "max_running_requests"),
     }
     assert (cuda["tp_size"], cuda["page_size"], cuda["device"]) == (2, 16, "cuda")
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused() -> None:
+    resources = {"gpus": 1}
+    with pytest.raises(ValidationError, match=r"tensor_parallel=2 needs as many GPUs, and resources\.gpus is 1"):
+        SglangGeneratorOptions(backend="sglang", tensor_parallel=2, resources=resources)
+    SglangGeneratorOptions(backend="sglang", tensor_parallel=1, resources=resources)
+    SglangGeneratorOptions(backend="sglang", tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "engine_args", "runner"),
+    [
+        ({"num_experts": 8}, "cuda", {}, "triton"),
+        ({"text_config": {"num_local_experts": 8}}, "cuda", {}, "triton"),
+        ({"num_experts": 8}, "cpu", {}, None),
+        ({"num_experts": 8}, "cuda", {"moe_runner_backend": "auto"}, "auto"),
+        ({"num_experts": 8}, "cuda", {"moe_a2a_backend": "deepep"}, None),
+        ({"num_experts": 8}, "cuda", {"quantization": "fp8"}, None),
+        ({"num_experts": 8, "quantization_config": {"quant_method": "fp8"}}, "cuda", {}, None),
+        ({"hidden_size": 8, "num_experts": None}, "cuda", {}, None),
+        (None, "cuda", {}, None),
+    ],
+)
+def test_experts_are_served_as_they_are_loaded(
+    tmp_path: Path, config: dict[str, Any] | None, device: str, engine_args: dict[str, Any], runner: str | None
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    options = SglangGeneratorOptions(backend="sglang", engine_args=engine_args)
+    assert engine_arguments(_context(device, str(tmp_path)), options).get("moe_runner_backend") == runner
 
 
 def test_options_come_before_what_a_cpu_is_given() -> None:
@@ -243,6 +276,56 @@ def test_padding_stays_when_parameters_are_scrambled(recorded: bool) -> None:
     assert model.weight[5:].unique().tolist() == [0]
 
 
+def test_a_parameter_that_the_loader_reshapes_is_refused_and_put_back() -> None:
+    model = torch.nn.Embedding(4, 6)
+    before = model.weight.data.clone()
+    pointer = model.weight.data_ptr()
+
+    def load_weights(weights: Any) -> None:
+        model.weight.data = model.weight.data.reshape(8, 3)
+        for _, tensor in weights:
+            model.weight.data.copy_(tensor)
+
+    model.__dict__["load_weights"] = load_weights
+    sink = ModelSink(model)
+    with pytest.raises(
+        LayoutError, match=r"'weight' in another form .* shape \(4, 6\) .* shape \(8, 3\)(.|\n)*moe_runner_backend: triton"
+    ):
+        sink.record([TensorMeta("embed", (8, 3), "float32")])
+    assert (model.weight.shape, model.weight.data_ptr()) == (before.shape, pointer)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_parameter_that_is_moved_after_an_update_is_not_taken_for_what_is_served() -> None:
+    model = torch.nn.Embedding(4, 6)
+    model.__dict__["load_weights"] = lambda weights: [model.weight.data.copy_(tensor) for _, tensor in weights]
+    sink = ModelSink(model)
+    (region,) = sink.record([TensorMeta("embed", (4, 6), "float32")]).regions
+    sink.bind([(0, region)])
+    sink.install([torch.ones(4, 6)])
+    assert sink.live()[0].unique().tolist() == [1]
+    model.weight = torch.nn.Parameter(torch.zeros(4, 6))
+    with pytest.raises(LayoutError, match="'weight' in another form"):
+        sink.live()
+
+
+@pytest.mark.parametrize("attribute", ["use_flashinfer_trtllm_moe", "w13_swiglu_interleaved"])
+def test_experts_whose_rows_sglang_has_moved_are_refused_before_the_loader_runs(attribute: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.__dict__["load_weights"] = lambda weights: pytest.fail("the loader was run")
+    sink = ModelSink(model)
+    model[0].quant_method = SimpleNamespace(**{attribute: True})
+    with pytest.raises(LayoutError, match=rf"weights of '0' in another form than its loader writes \({attribute}\)"):
+        sink.record([])
+
+
+def test_a_model_that_sglang_would_not_update_is_refused_in_its_words() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.__dict__["load_weights"] = lambda weights: pytest.fail("the loader was run")
+    with pytest.raises(LayoutError, match="cannot update the weights of this model: splits are cached"):
+        ModelSink(model, lambda: "splits are cached").record([])
+
+
 def test_what_all_ranks_together_leave_out_is_refused() -> None:
     """Of a padded vocabulary of 5 rows, 2 ranks take 4 and 1; a norm is taken by both."""
     published = [
@@ -303,8 +386,8 @@ def test_the_schemas_are_declared_when_torchvision_is_looked_for_and_not_before(
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def _context(device: str) -> GeneratorContext:
-    return GeneratorContext(0, 1, device, "/models/m", 0, False, {})
+def _context(device: str, path: str = "/models/m") -> GeneratorContext:
+    return GeneratorContext(0, 1, device, path, 0, False, {})
 
 
 def _slow(seconds: float, value: object = None) -> Callable[[], Any]:
