@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -21,19 +22,27 @@ def is_target(text: str) -> bool:
     return _TARGET.fullmatch(text) is not None
 
 
-def missing_module(name: str) -> str | None:
-    """The outermost part of the dotted `name` that is not installed, or None. Imports nothing, not even parent packages."""
-    if name in sys.modules:
+def missing_module(name: str, path: Sequence[str] | None = None) -> str | None:
+    """The outermost part of the dotted `name` that is not installed, or None. Imports nothing, not even parent packages.
+
+    A folder of that name without an `__init__.py` is no installed module: a checkout or a report of the same name lies in
+    many a current directory.
+
+    Args:
+        path: Folders to look in, in place of this interpreter's.
+    """
+    if path is None and name in sys.modules:
         return None
     top, *parts = name.split(".")
-    spec = importlib.util.find_spec(top)
+    spec = importlib.util.find_spec(top) if path is None else PathFinder.find_spec(top, path)
     dotted = top
     for part in parts:
         if spec is None:
             break
         dotted = f"{dotted}.{part}"
-        spec = PathFinder.find_spec(dotted, spec.submodule_search_locations or [])
-    return dotted if spec is None else None
+        # By its last name: for a dotted one a folder without an `__init__.py` would ask for its parents' modules.
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+    return dotted if spec is None or spec.origin is None else None
 
 
 def import_target(target: str, what: str, todo: str = "") -> Any:

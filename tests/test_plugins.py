@@ -227,6 +227,16 @@ def test_missing_module_does_not_import_parents(tmp_path: Any, monkeypatch: pyte
     assert missing_module("acme_heavy.other") == "acme_heavy.other"
 
 
+def test_a_folder_of_the_same_name_is_no_installed_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "acme_heavy" / "v1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert missing_module("acme_heavy") == "acme_heavy"
+    assert missing_module("acme_heavy.v1") == "acme_heavy.v1"
+    (tmp_path / "acme_heavy" / "v1" / "inner.py").touch()
+    assert missing_module("acme_heavy.v1.inner") is None
+    assert missing_module("acme_heavy.v1.inner", [str(tmp_path / "acme_heavy")]) == "acme_heavy"
+
+
 def test_observers_are_called_with_the_arguments_that_they_name() -> None:
     seen: list[object] = []
     registry = Registry([source(hooks(rlbridge_evaluated=lambda step, reward: seen.append((step, reward))))])

@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 Kind = Literal["tied", "untied", "wide", "awkward"]
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD = 64, 32, 2, 4, 2, 32
-INNER = {"tied": 48, "untied": 48, "wide": 4096, "awkward": 48}
+INNER = {"tied": HIDDEN, "untied": HIDDEN, "wide": 4096, "awkward": HIDDEN}
+"""Where it is `HIDDEN`, the matrices are square: only their values tell that one is transposed."""
+
 BULK_COLUMNS = 1024
 
 
 def make_model(path: Path, kind: Kind = "tied", *, seed: int = 0, bulk_mib: int = 0) -> Path:
-    """A Qwen3 of about 36,000 parameters, in float32.
+    """A Qwen3 of about 33,000 parameters, in float32.
 
     Args:
         path: The directory to make.

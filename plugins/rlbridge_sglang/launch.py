@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Launch:
         self.others: Sequence[Any] = ()
         self._engine: Any = None
         self._closed = False
-        self._sockets_before = {id(socket) for socket in _sockets()}
+        self._sockets_before = weakref.WeakSet(_sockets())
         atexit.register(self.close)  # before multiprocessing waits for the ranks to end by themselves
         self.directory = tempfile.mkdtemp(prefix="rlbridge-sglang-")  # readable by this user alone
         if len(str(socket_path(self.directory, options.tensor_parallel)).encode()) > _SOCKET_PATH_BYTES:
@@ -142,7 +143,7 @@ class Launch:
         """
         zmq: Any = sys.modules.get("zmq")
         for socket in _sockets():
-            if id(socket) not in self._sockets_before and not socket.closed:
+            if socket not in self._sockets_before and not socket.closed:
                 zmq.Socket.close(socket, linger=0)  # that of asyncio would ask its loop
 
     def go_on(self) -> None:

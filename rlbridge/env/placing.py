@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from rlbridge.env.stamp import read_stamp
 from rlbridge.env.state import WHY, State, state_of
 from rlbridge.environment import Environment
 from rlbridge.errors import PluginError
-from rlbridge.importing import install_hint
+from rlbridge.importing import install_hint, missing_module
 from rlbridge.plugins import Role, registry
 
 
@@ -163,15 +162,4 @@ def _absent(backend: Backend, environment: Environment, prefix: Path) -> str | N
     paths = [str(driver.site_packages(prefix))]
     if environment.site:
         paths.append(str(site_folder(environment, prefix)))
-    return next((module for module in backend.requires if not _has(module.split("."), paths)), None)
-
-
-def _has(parts: Iterable[str], paths: list[str]) -> bool:
-    dotted: list[str] = []
-    for part in parts:
-        dotted.append(part)
-        spec = PathFinder.find_spec(".".join(dotted), paths)
-        if spec is None:
-            return False
-        paths = list(spec.submodule_search_locations or ())
-    return True
+    return next((module for module in backend.requires if missing_module(module, paths)), None)

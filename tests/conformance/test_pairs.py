@@ -33,8 +33,8 @@ RUNS = {
     "rdt, nixl": [*_RDT_NIXL, "--level", "contract"],
     "native over rdt, nixl": [*_NATIVE, *_RDT_NIXL, "--from", "sync"],
     "vllm": [*_VLLM, "--level", "faults"],
-    "vllm, two ranks": [*_VLLM, "generator.tensor_parallel=2", "--level", "faults"],
-    "sglang": [*_SGLANG, "--level", "faults"],
+    "vllm, two ranks": [*_VLLM, "generator.tensor_parallel=2", "--level", "sync"],
+    "sglang": [*_SGLANG, "--level", "sync"],
 }
 ENVIRONMENTS = {"vllm": "vllm-cpu", "vllm, two ranks": "vllm-cpu", "sglang": "sglang-cpu"}
 WIRES = {

@@ -12,7 +12,7 @@ MODULES = sorted(Path(__file__).with_name("inside").glob("test_*.py"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
 def test_sglang(module: Path) -> None:
     run_inside("sglang-cpu", module)

@@ -20,7 +20,7 @@ from rlbridge_conformance.reference.trainer import ReferenceTrainer
 __all__ = ["trainers_kept"]
 
 _ONE_NORM = "model.layers.0.input_layernorm.weight"
-_SQUARE = "model.layers.0.self_attn.o_proj.weight"
+_SQUARE = "model.layers.0.mlp.down_proj.weight"
 
 Change = Callable[[Region, torch.Tensor, torch.Tensor], None]
 """What is done to a box, given its live weights, once it has been copied to its destination."""

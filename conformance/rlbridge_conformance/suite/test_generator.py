@@ -88,7 +88,10 @@ def test_another_models_tensors_are_refused(stages: Stages, wrong: str) -> None:
     changed, named = {
         "missing": ([t for t in published if t.name != _NORM], ""),  # the engine names its own parameter
         "surplus": ([*published, TensorMeta(_SURPLUS, (48, 32), "float32")], _SURPLUS),
-        "shape": ([TensorMeta(t.name, (33, 48), t.dtype) if t.name == _DOWN else t for t in published], _DOWN),
+        "shape": (
+            [TensorMeta(t.name, (t.shape[0] + 1, t.shape[1]), t.dtype) if t.name == _DOWN else t for t in published],
+            _DOWN,
+        ),
     }[wrong]
     error = errors_of(lambda: _record(stage, changed))
     expect(f"a checkpoint with a tensor {wrong} is refused", LayoutError.__name__, type(error).__name__)

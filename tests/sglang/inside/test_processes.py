@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -16,11 +17,15 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+import zmq
 
 from rlbridge.errors import ConfigError, DeadlineError, ModelError, PeerLostError
 from rlbridge.roles.batch import Sampling
+from rlbridge.roles.generator import GeneratorContext
 from rlbridge.sync.messages import Nothing, pack
 from rlbridge_sglang.generator import SglangGenerator
+from rlbridge_sglang.launch import Launch
+from rlbridge_sglang.options import SglangGeneratorOptions
 from tests.sglang.inside import models
 from tests.sglang.inside.bridge import started
 
@@ -114,6 +119,23 @@ def test_an_engine_that_takes_too_long_to_start_is_ended(model: Path) -> None:
         time.sleep(0.2)
     assert [p for p in psutil.Process().children(recursive=True) if "sglang" in p.name()] == []
     assert [thread.name for thread in threading.enumerate() if thread.name == "generator[0]-loop"] == []
+
+
+def test_sockets_of_an_engine_are_closed_though_they_lie_where_older_ones_lay() -> None:
+    with zmq.Context() as context:
+        kept, gone = context.socket(zmq.PUSH), [context.socket(zmq.PUSH) for _ in range(50)]
+        for socket in gone:
+            socket.close()
+        places = {id(socket) for socket in gone}
+        launch = Launch(GeneratorContext(0, 1, "cpu", "a-model", 0, False, {}), SglangGeneratorOptions(backend="sglang"))
+        del socket, gone
+        gc.collect()
+        made = [context.socket(zmq.PUSH) for _ in range(50)]
+        assert places & {id(socket) for socket in made}
+        launch.close_sockets()
+        launch.close()
+        assert [kept.closed, *(socket.closed for socket in made)] == [False, *[True] * 50]
+        kept.close()
 
 
 def processes_of(engine: SglangGenerator) -> list[psutil.Process]:
