@@ -18,6 +18,7 @@ from rlbridge.cluster.party import ActorParty
 from rlbridge.errors import DeadlineError, RlbridgeError
 from rlbridge.sync.calls import Party
 from rlbridge.sync.messages import result
+from rlbridge_conformance.faults.signals import send
 from rlbridge_conformance.hosts import GeneratorHost, TrainerHost, host
 from rlbridge_conformance.nursery import Nursery
 from rlbridge_conformance.processes import ProcessParty
@@ -79,7 +80,7 @@ class Member(ABC):
     def signal(self, number: signal.Signals) -> None:
         """Send the process a signal, if it still is there."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+            send(self.pid, number)
 
 
 class ProcessMember(Member):

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlbridge.errors import PeerLostError
+from rlbridge_conformance.faults.signals import send
 from rlbridge_conformance.nursery import Nursery
 
 _Call = tuple[int, str, tuple[Any, ...], dict[str, Any]]
@@ -74,7 +75,7 @@ class ProcessParty:
 
     def signal(self, number: signal.Signals) -> None:
         """Send the child a signal."""
-        os.kill(self.pid, number)
+        send(self.pid, number)
 
     def stop(self) -> None:
         """End the child, stopped or not, and wait for it."""

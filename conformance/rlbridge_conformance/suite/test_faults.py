@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 from rlbridge.errors import DigestError, RlbridgeError
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
 from rlbridge_conformance.disturbed import LIMIT_SECONDS, attempt, has_ranks_inside, named, recovers, serving, short, whole
+from rlbridge_conformance.faults.signals import send
 from rlbridge_conformance.faults.tripwire import Deaf, Moment, Tripwire, in_place_of
 from rlbridge_conformance.probes import flip_staged, pulling, staged_digests, subscribed, unsettled
 from rlbridge_conformance.reference.rank_processes import rank_pids
@@ -71,7 +71,7 @@ def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str) -> None
     owner = name.partition(".")[0]
     pid = stage.member(owner).pid if name == owner else stage.engines[0].apply(rank_pids)[1]
     whose, method = PHASES[phase]
-    wire = Tripwire(stage.member(whose).party, method, moment, lambda: os.kill(pid, SIGNALS[how]), _half(stage, phase))
+    wire = Tripwire(stage.member(whose).party, method, moment, lambda: send(pid, SIGNALS[how]), _half(stage, phase))
     if phase in ("plan", "register", "connect"):
         stage.session.replace(stage.trainers[0].party)  # by itself: the sync begins a new epoch
     error = _disturbed(stage, wire)
@@ -85,7 +85,7 @@ def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str) -> None
         stage.replace(owner)
         stage.on_trainers("load_state", str(state))
     else:
-        os.kill(pid, signal.SIGCONT)
+        send(pid, signal.SIGCONT)
         whole(stage, stage.engines, old, new)
     recovers(stage)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from rlbridge_conformance.checks import Mismatch, check, holds
 from rlbridge_conformance.disturbed import attempt, named, recovers, serving, short, whole
+from rlbridge_conformance.faults.signals import send
 from rlbridge_conformance.faults.tripwire import Tripwire, in_place_of
 from rlbridge_conformance.probes import object_store_bytes
 from rlbridge_conformance.run import Stages
@@ -55,7 +55,7 @@ def test_an_actor_is_lost(stages: Stages, name: str, method: str, of: str, how: 
     new, state = stage.saved(), stage.directory / f"state-{stage.version}"
     stage.on_trainers("save_state", str(state))
     pid = stage.member(name).pid
-    act: Callable[[], Any] = lambda: os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)  # noqa: E731
+    act: Callable[[], Any] = lambda: send(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)  # noqa: E731
     with short(stage), in_place_of(stage.session, Tripwire(stage.member(of).party, method, "before", act)):
         error = attempt(stage.sync)
     if error is None:
@@ -66,6 +66,6 @@ def test_an_actor_is_lost(stages: Stages, name: str, method: str, of: str, how: 
         stage.replace(name)
         stage.on_trainers("load_state", str(state))
     else:
-        os.kill(pid, signal.SIGCONT)
+        send(pid, signal.SIGCONT)
         whole(stage, stage.engines, old, new)
     recovers(stage)
