@@ -15,7 +15,7 @@ def rlbridge_generators() -> Sequence[Backend]:
             name="openai",
             load="rlbridge_openai.generator:OpenAIGenerator",
             options="rlbridge_openai.options:OpenAIGeneratorOptions",
-            summary="A server with OpenAI's API that is already there; its weights change if it is a vLLM started for it.",
+            summary="A vLLM or SGLang server that is already there, and was started with rlbridge's control in it.",
             extra="openai",
             requires=("httpx2", "tenacity"),
             capabilities=frozenset({Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),

@@ -1,4 +1,4 @@
-"""The engine's side of the control in a vLLM server: facts, ranks, pauses, caches and versions."""
+"""The engine's side of the control in a server: facts, ranks, pauses, caches and versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SLACK_SECONDS = 5.0
 """The server is given so much longer than it gives itself: its own error says more."""
 
 
-class VllmControl:
+class ServerControl:
     """One server's control.
 
     Args:
@@ -66,7 +66,7 @@ class VllmControl:
         self._call("version", Nothing, version=str(version))
 
     def score_at(self, temperature: float | None) -> None:
-        """Let prompts be scored at that temperature; None: no more."""
+        """Let a vLLM score prompts at that temperature; None: no more."""
         self._call("score_at", Nothing, temperature="" if temperature is None else repr(temperature))
 
     def _call(self, call: str, kind: type[T], *, content: bytes = b"", **query: str) -> T:

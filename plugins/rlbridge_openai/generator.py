@@ -14,19 +14,14 @@ from rlbridge.roles.batch import Completion, Sampling, Sequences
 from rlbridge.roles.generator import Generator, GeneratorContext, PauseMode
 from rlbridge_openai import requests
 from rlbridge_openai.client import Client, GivenUpError
-from rlbridge_openai.control import VllmControl
+from rlbridge_openai.control import ServerControl
 from rlbridge_openai.options import OpenAIGeneratorOptions
 from rlbridge_openai.requests import MalformedError
 from rlbridge_openai.secret import Secret, check_door
-from rlbridge_openai.start import check_guarded, checked_facts, served_model
+from rlbridge_openai.start import check_guarded, checked_facts, chosen_api, served_model
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-_APIS = {"completions": requests.Completions, "tokens": requests.Tokens}
-
-_SCORING = requests.Completions()
-"""The other one tells the log-prob of no token that it was given and has not sampled."""
 
 
 class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
@@ -45,12 +40,13 @@ class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
         check_door(url, secret, insecure=options.insecure)
         # Two more than there are requests: a pause gets through when all of those are under way.
         self._client = Client(url, secret, self._name, connections=options.concurrency + 2, retry_seconds=options.retry_seconds)
-        self._control = VllmControl(self._client, options.answer_seconds)
-        self._api = _APIS[options.api]()
+        self._control = ServerControl(self._client, options.answer_seconds)
         try:
             self._model = served_model(self._client, options.model)
             self._facts = checked_facts(self._client, self._control, options)
             check_guarded(self._client, self._facts, options)
+            self._api = requests.APIS[self._facts.server][chosen_api(self._facts, options)]
+            self._scoring = requests.SCORING[self._facts.server]
             self._client.instance = self._facts.instance
             self._installs = self._control.open(self._name, options.install)
         except BaseException:
@@ -105,13 +101,13 @@ class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
         return self._each(one, bodies)
 
     def score(self, sequences: Sequences) -> np.ndarray[Any, Any]:
-        """Log-probs [B, T], as of prompts: no prefix cache is read. Nothing else may run on the server meanwhile.
+        """Log-probs [B, T], as of prompts: no prefix cache is read. Nothing else may run on a vLLM meanwhile.
 
         Raises:
             DataError: a sequence is too long, or holds a token that is not in the vocabulary.
             PeerLostError: the server is gone.
         """
-        longest = self._facts.max_model_len
+        longest, temperature, scoring = self._facts.max_model_len, sequences.temperature or 1.0, self._scoring
         rows = []
         for row, length in enumerate(sequences.lengths_B):
             tokens = [int(token) for token in sequences.tokens_BT[row, :length]]
@@ -121,10 +117,12 @@ class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
             rows.append(tokens)
 
         def one(tokens: list[int]) -> list[float]:
-            body, sent = requests.of_sequence(_SCORING, self._model, tokens, longest)
-            return self._asked(_SCORING, body, lambda: False, lambda answer: _SCORING.scores(answer, tokens, sent))
+            body, sent = scoring.of_sequence(self._model, tokens, longest, temperature)
+            return self._asked(scoring, body, lambda: False, lambda answer: scoring.scores(answer, tokens, sent))
 
-        self._control.score_at(sequences.temperature or 1.0)
+        if scoring.at_request:
+            return requests.scored(sequences, self._each(one, rows))
+        self._control.score_at(temperature)
         try:
             return requests.scored(sequences, self._each(one, rows))
         finally:
@@ -160,10 +158,10 @@ class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
         """Drop the prefix cache; requests that are held compute their keys and values anew.
 
         Raises:
-            SyncError: vLLM did not.
+            SyncError: the server did not.
         """
         if not self._control.drop_caches():
-            raise SyncError("vLLM did not drop its prefix cache", role="generator", rank=self._name)
+            raise SyncError(f"{self._facts.server} did not drop its prefix cache", role="generator", rank=self._name)
 
     def close(self) -> None:
         """Close the connections. The server goes on: it is somebody else's."""

@@ -1,11 +1,11 @@
-"""What an engine and the control in its vLLM server say to one another. Imported on both sides."""
+"""What an engine and the control in its server say to one another. Imported on both sides."""
 
 from __future__ import annotations
 
 import msgspec
 
 ROUTE = "/v1/rlbridge"
-"""Under /v1, which is what vLLM guards with its key."""
+"""Under /v1, which is what servers guard with their key."""
 
 INSTANCE_HEADER = "x-rlbridge-instance"
 """Names the server's process in each of its answers: one that was started anew holds other weights."""
@@ -24,23 +24,25 @@ class Facts(msgspec.Struct, frozen=True):
     Attributes:
         instance: Names the process.
         model: What it has loaded: a directory or a name.
-        vllm: Its version.
+        server: "vLLM" or "SGLang".
+        release: Its version.
         max_model_len: Most tokens of a prompt and its completion.
         vocabulary: How many tokens there are.
         dtype: Of its parameters.
         stop_ids: The model's own end-of-sequence tokens.
-        scale_out: Whether /inference/v1/generate is there.
-        dev_mode: Whether vLLM's own control routes are, which ask for no key.
+        apis: What `generator.api` may be.
+        dev_mode: Whether vLLM's own control routes are open, which ask for no key.
         missing: Arguments and variables that it should have been started with.
     """
 
     instance: str
     model: str
-    vllm: str
+    server: str
+    release: str
     max_model_len: int
     vocabulary: int
     dtype: str
     stop_ids: list[int]
-    scale_out: bool
+    apis: list[str]
     dev_mode: bool
     missing: list[str]

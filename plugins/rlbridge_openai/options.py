@@ -23,15 +23,16 @@ class OpenAIGeneratorOptions(GeneratorOptions):
         description="Where the server listens, with or without /v1. With several workers a list: each engine is a server.",
     )
     model: str | None = Field(None, description="The model's name on the server; null: the one that it serves.")
-    api: Literal["completions", "tokens"] = Field(
-        "completions",
-        description="completions: OpenAI's /v1/completions; tokens: vLLM's /inference/v1/generate (--enable-scale-out), which"
-        " says of every token which version made it, and is needed for sync.pause=keep.",
+    api: Literal["auto", "completions", "tokens"] = Field(
+        "auto",
+        description="completions: OpenAI's /v1/completions, of vLLM; tokens: vLLM's /inference/v1/generate (--enable-scale-out)"
+        " or SGLang's /generate, which say of every token which version made it, and are needed for sync.pause=keep; auto:"
+        " tokens where the server has it.",
     )
     control: Literal["auto", "vllm", "sglang", "none"] = Field(
         "auto",
-        description="How the server's weights are changed. Only vllm can be, with rlbridge's control in it; auto asks the"
-        " server. The others are refused when the engine is set up, with the reason.",
+        description="How the server's weights are changed: by rlbridge's control in a vLLM or an SGLang server; auto asks the"
+        " server which it is. With none an engine is refused when it is set up.",
     )
     api_key_variable: str = Field(
         "OPENAI_API_KEY",
@@ -42,7 +43,7 @@ class OpenAIGeneratorOptions(GeneratorOptions):
         False, description="Allow a server on another host that asks for no key, or that leaves its control open to others."
     )
     install: Literal["auto", "direct", "streamed"] = Field(
-        "auto", description="How weights get into vLLM's parameters: as of the generator vllm."
+        "auto", description="How weights get into the parameters: as of the generator vllm; an SGLang server has direct alone."
     )
     concurrency: int = Field(256, ge=1, description="Most requests that are sent to a server at once; the others wait here.")
     request_seconds: float = Field(3600.0, gt=0, description="Longest that one request may take, its repetitions included.")

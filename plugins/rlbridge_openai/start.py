@@ -6,7 +6,7 @@ from typing import Any, Literal, NoReturn
 
 from rlbridge.errors import ConfigError
 from rlbridge_openai.client import Client, Reply
-from rlbridge_openai.control import VllmControl
+from rlbridge_openai.control import ServerControl
 from rlbridge_openai.messages import Facts
 from rlbridge_openai.options import OpenAIGeneratorOptions
 from rlbridge_openai.secret import Secret, on_loopback
@@ -16,8 +16,12 @@ START = (
     " --worker-extension-cls rlbridge_vllm.worker.WorkerExtension --logits-processors rlbridge_vllm.logprobs:Tempered"
     """ --logprobs-mode processed_logits --weight-transfer-config '{"backend": "rlbridge"}' --enable-scale-out"""
 )
-"""How a server is started that can be used."""
+"""How a vLLM is started that can be used."""
 
+START_SGLANG = "python -m rlbridge_openai.sglang_server --model-path MODEL"
+"""How an SGLang is started that can be used; further arguments are those of sglang.launch_server."""
+
+_KEY = {"vLLM": "VLLM_API_KEY in its environment", "SGLang": "--api-key"}
 _SECONDS = 30.0
 _Kind = Literal["vLLM", "SGLang"]
 
@@ -42,7 +46,7 @@ def served_model(client: Client, wanted: str | None) -> str:
     return wanted or served[0]
 
 
-def checked_facts(client: Client, control: VllmControl, options: OpenAIGeneratorOptions) -> Facts:
+def checked_facts(client: Client, control: ServerControl, options: OpenAIGeneratorOptions) -> Facts:
     """What the server is, where a run can change its weights.
 
     Raises:
@@ -54,19 +58,23 @@ def checked_facts(client: Client, control: VllmControl, options: OpenAIGenerator
             "generator.control is none, so nothing changes its weights, and a run changes them in every step",
             f"use control=auto and a server that was started so: {START}",
         )
-    if options.control == "sglang":
-        _refuse_sglang(client)
     found = control.facts()
     if isinstance(found, Reply):
         _refuse_other(client, found)
+    if options.control not in ("auto", found.server.lower()):
+        _refuse(client, f"it is {found.server}, and generator.control is {options.control}", "use control=auto")
+    start = START_SGLANG if found.server == "SGLang" else START
     if found.missing:
-        _refuse(client, f"it is vLLM {found.vllm}, and was started without {', '.join(found.missing)}", f"start it so: {START}")
-    if options.api == "tokens" and not found.scale_out:
         _refuse(
             client,
-            "generator.api is tokens, and it was started without --enable-scale-out",
-            "start it with it, or use completions",
+            f"it is {found.server} {found.release}, and was started without {', '.join(found.missing)}",
+            f"start it so: {start}",
         )
+    if options.api not in ("auto", *found.apis):
+        what = "it was started without --enable-scale-out" if options.api == "tokens" else f"{found.server} has not that one"
+        _refuse(client, f"generator.api is {options.api}, and {what}", "use api=auto, or start it with what the api needs")
+    if found.server == "SGLang" and options.install == "streamed":
+        _refuse(client, "generator.install is streamed, and SGLang's parameters are written in place", "use install=auto")
     if found.dtype != options.dtype:
         _refuse(
             client,
@@ -74,6 +82,13 @@ def checked_facts(client: Client, control: VllmControl, options: OpenAIGenerator
             f"set generator.dtype={found.dtype}, or start it with --dtype {options.dtype}",
         )
     return found
+
+
+def chosen_api(facts: Facts, options: OpenAIGeneratorOptions) -> str:
+    """What `generator.api` comes to on this server; auto is what tells the version of each token, where there is such."""
+    if options.api != "auto":
+        return options.api
+    return "tokens" if "tokens" in facts.apis else "completions"
 
 
 def check_guarded(client: Client, facts: Facts, options: OpenAIGeneratorOptions) -> None:
@@ -101,7 +116,7 @@ def check_guarded(client: Client, facts: Facts, options: OpenAIGeneratorOptions)
         _refuse(
             client,
             "it asks for no key: whoever reaches it could change its weights",
-            "start it with VLLM_API_KEY in its environment (generator.insecure=true allows it without)",
+            f"start it with {_KEY[facts.server]} (generator.insecure=true allows it without)",
         )
 
 
@@ -109,21 +124,17 @@ def _refuse_other(client: Client, reply: Reply) -> NoReturn:
     answered = f"it answered {reply.status} to rlbridge's control: {reply.text}"
     kind, version = _kind(client)
     if kind == "SGLang":
-        _refuse_sglang(client)
+        _refuse(
+            client,
+            f"it is an SGLang server without rlbridge's control in it ({answered})",
+            f"start it so: {START_SGLANG}, or use generator.backend=sglang, which starts SGLang itself",
+        )
     if kind == "vLLM":
         _refuse(client, f"it is vLLM {version} without rlbridge's control in it ({answered})", f"start it so: {START}")
     _refuse(
         client,
         f"its weights cannot be changed ({answered})",
-        f"a run needs a vLLM server that was started so: {START}",
-    )
-
-
-def _refuse_sglang(client: Client) -> NoReturn:
-    _refuse(
-        client,
-        "an SGLang server has no route to the ranks' memory: its own take weights from disk, from a group of NCCL, or pickled",
-        "use generator.backend=sglang, which starts SGLang itself and reaches its ranks",
+        f"a run needs a server that was started so: {START}, or so: {START_SGLANG}",
     )
 
 

@@ -8,105 +8,59 @@ take no bytes, and are open to whoever reaches the port, with a key or without.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from rlbridge.errors import ConfigError, DeadlineError, SyncError, to_wire
-from rlbridge.sync.messages import ASIDE, Failed, Nothing, Ok, pack, unpack
-from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts, Open
+from rlbridge.errors import DeadlineError, SyncError
+from rlbridge.sync.messages import ASIDE, Nothing, pack, unpack
+from rlbridge_openai.messages import Facts, Open
+from rlbridge_openai.routes import App, Message, Receive, Send, add_routes, naming, new_instance
 
 EXTENSION = "rlbridge_vllm.worker.WorkerExtension"
 PROCESSOR = "rlbridge_vllm.logprobs:Tempered"
 
-INSECURE_VARIABLE = "RLBRIDGE_INSECURE"
-"""1: hosts other than this one are answered without a key, too."""
-
+_WITH_KEY = "start it with VLLM_API_KEY in its environment"
 _POLL_SECONDS = (0.0005, 0.02)
-
-_Message = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Message]]
-_Send = Callable[[_Message], Awaitable[None]]
 
 
 class Control:
     """The middleware: adds its routes to vLLM's application, behind vLLM's own checks, and names the process in each answer."""
 
-    def __init__(self, app: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self._app = app
         self._calls: _Calls | None = None
-        self._instance = secrets.token_hex(8)
+        self._instance = new_instance()
 
-    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection, or the application's start."""
         if self._calls is None and "app" in scope:
-            self._calls = _Calls(self._instance)
-            _add_route(scope["app"], self._calls)
-
-        async def named(message: _Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (INSTANCE_HEADER.encode(), self._instance.encode())]
-            await send(message)
-
-        await self._app(scope, receive, named)
+            state = scope["app"].state
+            self._calls = _Calls(self._instance, state)
+            add_routes(scope["app"], self._calls.answer, lambda: _has_key(state.args), _WITH_KEY)
+        await self._app(scope, receive, naming(send, self._instance))
 
 
-def _check_stranger(host: str | None, key: object) -> None:
-    """Answer nobody on another host where vLLM asks for no key: these calls read and change weights.
-
-    Raises:
-        ConfigError: that is so.
-    """
-    if host is None or key or os.environ.get("VLLM_API_KEY") or os.environ.get(INSECURE_VARIABLE) == "1":
-        return
-    if not ipaddress.ip_address(host).is_loopback:
-        raise ConfigError(
-            "the server asks for no key: whoever reaches it could change its weights",
-            role="generator",
-            todo=f"start it with VLLM_API_KEY in its environment ({INSECURE_VARIABLE}=1 allows it without)",
-        )
-
-
-def _add_route(app: Any, calls: _Calls) -> None:
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
-    async def handle(request: Request) -> Response:
-        """An answer of ours, or an error of ours: both as bytes."""
-        try:
-            _check_stranger(request.client.host if request.client else None, getattr(request.app.state.args, "api_key", None))
-            found = await calls.answer(
-                request.app.state, dict(request.path_params), dict(request.query_params), await request.body()
-            )
-            reply = pack(Ok(pack(found)))
-        except Exception as error:
-            reply = pack(Failed(to_wire(error)))
-        return Response(reply, media_type="application/octet-stream")
-
-    # The first: vLLM may have a route that takes every path.
-    app.router.routes.insert(0, Route(f"{ROUTE}/{{call}}", handle, methods=["POST"]))
-    app.router.routes.insert(0, Route(f"{ROUTE}/ranks/{{method}}", handle, methods=["POST"]))
+def _has_key(arguments: Any) -> bool:
+    return bool(getattr(arguments, "api_key", None) or os.environ.get("VLLM_API_KEY"))
 
 
 class _Calls:
     """What an engine may ask of its server."""
 
-    def __init__(self, instance: str) -> None:
-        self._instance = instance
+    def __init__(self, instance: str, state: Any) -> None:
+        self._instance, self._state = instance, state
         self._opened = False
         self._over: list[int] = []
 
-    async def answer(self, state: Any, path: dict[str, str], query: dict[str, str], body: bytes) -> object:
-        engine, seconds = state.engine_client, float(query.get("seconds", "300"))
-        if method := path.get("method"):
-            return await self._ranks(engine, method, body, seconds)
-        match path["call"]:
+    async def answer(self, call: str, method: str, query: dict[str, str], body: bytes) -> object:
+        engine, seconds = self._state.engine_client, float(query.get("seconds", "300"))
+        match call:
+            case "ranks":
+                return await self._ranks(engine, method, body, seconds)
             case "facts":
-                return _facts(state, self._instance)
+                return _facts(self._state, self._instance)
             case "open":
                 return await self._open(engine, unpack(body, Open), seconds)
             case "pause":
@@ -189,15 +143,20 @@ def _facts(state: Any, instance: str) -> Facts:
     return Facts(
         instance=instance,
         model=str(model.model),
-        vllm=str(vllm.__version__),
+        server="vLLM",
+        release=str(vllm.__version__),
         max_model_len=int(model.max_model_len),
         vocabulary=int(model.get_vocab_size()),
         dtype=str(model.dtype).removeprefix("torch."),
         stop_ids=_stop_ids(model),
-        scale_out=bool(getattr(arguments, "enable_scale_out", False) or getattr(arguments, "tokens_only", False)),
+        apis=["completions", *(["tokens"] if _has_tokens_api(arguments) else [])],
         dev_mode=os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"),
         missing=list(_missing(config, arguments)),
     )
+
+
+def _has_tokens_api(arguments: Any) -> bool:
+    return bool(getattr(arguments, "enable_scale_out", False) or getattr(arguments, "tokens_only", False))
 
 
 def _missing(config: Any, arguments: Any) -> list[str]:

@@ -49,9 +49,34 @@ class Control:
 
         self._do("abort", abort)
 
-    def stamp(self, version: int) -> None:
-        """Let tokens that are made from now on carry `version`."""
-        if version != self._stamped:
+    def close_door(self) -> None:
+        """Let requests that come from now on wait; those that run go on."""
+
+        async def close() -> None:
+            async with self._manager.is_pause_cond:
+                self._manager.is_pause = True
+
+        self._do("pause", close)
+
+    def is_running(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._do("look", self._manager.model_update_lock.is_locked))
+
+    def load_again(self, path: str) -> None:
+        """Load the weights of a checkpoint, and drop the prefix cache.
+
+        Raises:
+            SyncError: SGLang refuses.
+        """
+        load = self._messages.UpdateWeightFromDiskReqInput(model_path=path, flush_cache=True)
+        name = self._manager.served_model_name
+        success, message, *_ = self._do("load", lambda: self._manager.update_weights_from_disk(load))
+        self._manager.served_model_name = name  # SGLang would call the model by its path from now on
+        self._checked("update_weights_from_disk", (success, message))
+
+    def stamp(self, version: int, *, anyway: bool = False) -> None:
+        """Let tokens that are made from now on carry `version`; `anyway`: also if it is the one that was told last."""
+        if anyway or version != self._stamped:
             self._tell_version(version)
             self._stamped = version
 

@@ -27,12 +27,15 @@ class EngineLoop:
     Args:
         name: The engine's name in the session.
         lost: Says whether a process of the engine is gone, and which.
+        loop: One that runs already, of a server: nothing is to be started on it, and nobody looks for lost processes.
     """
 
-    def __init__(self, name: str, lost: Callable[[], RlbridgeError | None]) -> None:
+    def __init__(
+        self, name: str, lost: Callable[[], RlbridgeError | None], loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         self.name, self._look = name, lost
-        self._loop = asyncio.new_event_loop()
-        self._lost: asyncio.Future[None] | None = None
+        self._loop = asyncio.new_event_loop() if loop is None else loop
+        self._lost: asyncio.Future[None] | None = None if loop is None else loop.create_future()
         self._thread: threading.Thread | None = None
 
     def start(self, build: Callable[[], Any], seconds: float) -> Any:

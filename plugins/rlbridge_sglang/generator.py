@@ -20,10 +20,6 @@ from rlbridge_sglang.options import SglangGeneratorOptions
 from rlbridge_sglang.rank_process import rank_name
 from rlbridge_sglang.ranks import Ranks
 from rlbridge_sglang.requests import check_prompts, completion, sampling_params, score_params, scores
-from rlbridge_sglang.taken import checked
-
-_BETWEEN_PASSES = ("install", "scramble")
-"""What writes live parameters."""
 
 _ABORT_AGAIN_SECONDS = 0.05
 
@@ -105,14 +101,7 @@ class SglangGenerator(Generator[SglangGeneratorOptions]):
             DeadlineError: a rank did not answer within `options.rank_seconds`; it is named.
             SyncError: SGLang refused an update.
         """
-        if method == "record":
-            return checked(payload, self._ranks.call(method, payload))
-        if method not in _BETWEEN_PASSES:
-            return self._ranks.call(method, payload)
-        if method != "install":
-            return self._ranks.call_between_passes(method, payload)
-        with self._control.updating():
-            return self._ranks.call_between_passes(method, payload)
+        return self._ranks.on_each(method, payload, self._control.updating)
 
     def pause(self, mode: PauseMode = "wait") -> None:
         """Returns once no request makes a token any more; until `resume`, calls of `generate` and `score` wait to begin.

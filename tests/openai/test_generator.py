@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from rlbridge.errors import ConfigError, DataError, DeadlineError, PeerLostError, RlbridgeError, to_wire
-from rlbridge.roles.batch import Completion, Sampling
+from rlbridge.roles.batch import Completion, Sampling, pad_sequences
 from rlbridge.sync.messages import answer
-from tests.openai.stand_in import StandIn, after, completion, first
-from tests.openai.vllm_process import generator_of
+from tests.openai.server_process import generator_of
+from tests.openai.stand_in import FACTS, StandIn, after, completion, first
 
 PROMPTS = [[5, 9, 12], [7], [4, 30], [20, 21, 22, 23]]
 SAMPLING = Sampling(max_tokens=3)
@@ -62,9 +62,47 @@ def test_the_tokens_api_tells_the_version_of_each_token(server: StandIn) -> None
     spans = [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": 3}]
     choice = {"token_ids": [3, 4, 5], "logprobs": {"content": content}, "finish_reason": "length", "weight_versions": spans}
     server.routes["/inference/v1/generate"] = lambda request: (200, {"choices": [choice]})
-    generator = generator_of(server.url, api="tokens")
+    server.facts = msgspec.structs.replace(FACTS, apis=["completions", "tokens"])
+    generator = generator_of(server.url)
     generator.version = 5
     assert generator.generate([[5]], SAMPLING) == [Completion([3, 4, 5], [-0.5] * 3, [6, 7, 7], "length")]
+
+
+def test_an_sglang_is_asked_in_its_own_words(server: StandIn) -> None:
+    spans = [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": 3}]
+    meta = {
+        "output_token_logprobs": [[-0.5, token, None] for token in (3, 4, 5)],
+        "finish_reason": {"type": "length"},
+        "weight_versions": spans,
+    }
+    server.routes["/generate"] = lambda request: (200, {"output_ids": [3, 4, 5], "meta_info": meta})
+    server.facts = msgspec.structs.replace(FACTS, server="SGLang", apis=["tokens"])
+    generator = generator_of(server.url)
+    sampling = Sampling(7, 0.5, 0.9, stop=("a",), stop_token_ids=(9,), seed=3)
+    assert generator.generate([[5, 9]], sampling) == [Completion([3, 4, 5], [-0.5] * 3, [6, 7, 7], "length")]
+    (sent,) = [request.json() for request in server.of("/generate")]
+    assert sent["input_ids"] == [5, 9]
+    told = sent["sampling_params"]
+    assert 0 <= told.pop("sampling_seed") < 2**31
+    assert (told["max_new_tokens"], told["temperature"], told["top_p"], told["top_k"]) == (7, 0.5, 0.9, -1)
+    assert (told["stop"], told["stop_token_ids"], told["no_stop_trim"]) == (["a"], [9], True)
+
+    aborted = {"output_token_logprobs": [], "finish_reason": {"type": "abort", "message": "Abort before prefill"}}
+    server.routes["/generate"] = lambda request: (200, {"output_ids": [7], "meta_info": aborted})
+    assert generator.generate([[5]], SAMPLING) == [Completion([], [], [], "abort")]
+
+
+def test_an_sglang_scores_at_the_temperature_of_the_request(server: StandIn) -> None:
+    told = [[None, 5, None], [-0.1, 6, None], [-0.2, 7, None]]
+    server.routes["/generate"] = lambda request: (200, {"output_ids": [], "meta_info": {"input_token_logprobs": told}})
+    server.facts = msgspec.structs.replace(FACTS, server="SGLang", apis=["tokens"])
+    generator = generator_of(server.url)
+    scores_BT = generator.score(pad_sequences([[5]], [[6, 7]], temperature=2.0))
+    assert scores_BT.tolist() == [[0.0, pytest.approx(-0.1), pytest.approx(-0.2)]]
+    assert server.of("/generate")[0].json()["sampling_params"]["temperature"] == 2.0
+    assert not [request for request in server.seen if request.path.endswith("score_at")]
+    with pytest.raises(RlbridgeError, match="no input_token_logprobs of every token"):
+        generator.score(pad_sequences([[5]], [[6, 8]], temperature=2.0))
 
 
 def test_completions_carry_the_version_at_which_they_were_asked_for(server: StandIn) -> None:

@@ -12,9 +12,9 @@ from rlbridge.errors import ConfigError
 from rlbridge.plugins import registry
 from rlbridge_openai.options import OpenAIGeneratorOptions
 from rlbridge_openai.secret import Secret, check_door, on_loopback
-from rlbridge_openai.start import START, check_guarded
+from rlbridge_openai.start import START, START_SGLANG, check_guarded
+from tests.openai.server_process import CONTROL, generator_of
 from tests.openai.stand_in import FACTS, StandIn
-from tests.openai.vllm_process import CONTROL, generator_of
 
 _NO_CONTROL = "/v1/rlbridge/facts"
 
@@ -43,20 +43,31 @@ def test_a_plain_vllm_is_told_how_to_start(server: StandIn) -> None:
     assert START in told
 
 
-def test_an_sglang_is_sent_to_its_own_backend(server: StandIn) -> None:
+def test_a_plain_sglang_is_told_how_to_start(server: StandIn) -> None:
     server.routes[_NO_CONTROL] = lambda request: (404, {})
     server.routes["/get_model_info"] = lambda request: (200, {"model_path": "somewhere"})
-    for told in (_told(server), _told(server, control="sglang")):
-        assert "an SGLang server has no route to the ranks' memory" in told
-        assert "use generator.backend=sglang" in told
+    told = _told(server)
+    assert "it is an SGLang server without rlbridge's control in it" in told
+    assert START_SGLANG in told
+    assert "use generator.backend=sglang" in told
+
+
+def test_an_sglang_has_one_api_and_writes_its_parameters_in_place(server: StandIn) -> None:
+    server.facts = msgspec.structs.replace(FACTS, server="SGLang", apis=["tokens"])
+    assert generator_of(server.url)._api.path == "/generate"
+    assert "generator.api is completions, and SGLang has not that one" in _told(server, api="completions")
+    assert "SGLang's parameters are written in place" in _told(server, install="streamed")
+    assert "it is SGLang, and generator.control is vllm" in _told(server, control="vllm")
 
 
 def test_a_server_without_its_arguments_is_told_which(server: StandIn) -> None:
     server.facts = msgspec.structs.replace(FACTS, missing=["--logprobs-mode processed_logits", "--api-server-count 1"])
     assert "was started without --logprobs-mode processed_logits, --api-server-count 1" in _told(server)
-    server.facts = msgspec.structs.replace(FACTS, scale_out=False)
+    server.facts = FACTS
     assert "generator.api is tokens, and it was started without --enable-scale-out" in _told(server, api="tokens")
-    generator_of(server.url, api="completions")
+    assert generator_of(server.url)._api.path == "/v1/completions"
+    server.facts = msgspec.structs.replace(FACTS, apis=["completions", "tokens"])
+    assert generator_of(server.url)._api.path == "/inference/v1/generate"
 
 
 def test_what_is_no_api_of_openai_is_refused(server: StandIn) -> None:

