@@ -28,6 +28,7 @@ from rlbridge.weights.layout import Layout, Region, TensorMeta
 from rlbridge_sglang.channel import Handle, RankClient, RankServer
 from rlbridge_sglang.cpu_environment import SGLANG_CPU
 from rlbridge_sglang.engine_loop import EngineLoop
+from rlbridge_sglang.hosted import HostedEngine
 from rlbridge_sglang.launch import engine_arguments
 from rlbridge_sglang.model_sink import ModelSink
 from rlbridge_sglang.options import RESERVED, SglangGeneratorOptions
@@ -384,6 +385,33 @@ def test_the_schemas_are_declared_when_torchvision_is_looked_for_and_not_before(
         "import torch; torch.ops.torchvision.nms\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class _Busy:
+    """The control of an SGLang server whose requests do not end."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[[], bool]:
+        def call() -> bool:
+            self.calls.append(name)
+            return name == "is_running"
+
+        return call
+
+
+@pytest.mark.parametrize("mode", ["wait", "abort"])
+def test_a_server_whose_requests_do_not_end_goes_on(mode: str) -> None:
+    server, control = HostedEngine(None, ""), _Busy()
+    with pytest.raises(SyncError, match="nobody has opened this server"):
+        server.pause(mode)
+    server._opened = SimpleNamespace(control=control, seconds=0.05)
+    with pytest.raises(DeadlineError, match=rf"requests still ran 0\.05 s after the pause \({mode}\) had begun"):
+        server.pause(mode)
+    assert (control.calls[0], control.calls[-1]) == ("close_door", "let_go")
+    assert "hold" not in control.calls
+    assert ("abort" in control.calls) == (mode == "abort")
 
 
 def _context(device: str, path: str = "/models/m") -> GeneratorContext:
