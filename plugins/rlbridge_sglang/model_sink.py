@@ -16,6 +16,7 @@ import torch
 from rlbridge.errors import LayoutError
 from rlbridge.roles.sink import RecordedSink
 from rlbridge.weights.layout import Layout, TensorMeta
+from rlbridge.weights.model_files import Checkpoint
 
 MOE_RUNNER = "an MoE is held as its checkpoint has it with generator.engine_args: {moe_runner_backend: triton}"
 
@@ -32,20 +33,24 @@ class ModelSink(RecordedSink):
     Args:
         model: The rank's model, with the weights that it was loaded with.
         refusal: Says why SGLang itself would not update this model's weights; empty where it would.
+        checkpoint: What it was loaded from, where that has safetensors files.
     """
 
-    def __init__(self, model: Any, refusal: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, model: Any, refusal: Callable[[], str] = lambda: "", checkpoint: Checkpoint | None = None) -> None:
         self.loaded = {name: parameter.data for name, parameter in model.named_parameters()}
         super().__init__(model.load_weights, self.loaded)
-        self._model, self._refusal = model, refusal
+        self._model, self._refusal, self._checkpoint = model, refusal, checkpoint
 
     def record(self, tensors: Sequence[TensorMeta]) -> Layout:
         """As any sink. Whatever the loader does, no parameter has another shape or another place after it.
 
         Raises:
-            LayoutError: SGLang keeps a weight in another form than its loader writes, or copies of what it made of weights.
+            LayoutError: SGLang keeps a weight in another form than its loader writes, or copies of what it made of weights; or
+                a tensor has another shape than in the checkpoint, and a longer one would be taken into the padding.
         """
         self._check_supported()
+        if self._checkpoint is not None:
+            self._checkpoint.check_shapes(tensors)
         try:
             return super().record(tensors)
         finally:

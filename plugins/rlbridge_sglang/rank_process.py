@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlbridge.errors import LayoutError
 from rlbridge_sglang.channel import RankServer, socket_path
 
 _PR_SET_PDEATHSIG = 1
@@ -116,7 +117,8 @@ class _Rank:
         from rlbridge_sglang.model_sink import ModelSink
 
         self._rank = rank
-        self._sink = ModelSink(model_runner.model, functools.partial(derived_copies, model_runner))
+        refusal = functools.partial(derived_copies, model_runner)
+        self._sink = ModelSink(model_runner.model, refusal, _checkpoint(str(model_runner.model_config.model_path)))
         self._device = str(next(iter(self._sink.loaded.values())).device)
         self._subscriber: Any = None
         self._subscribe(spec.engine)
@@ -136,6 +138,16 @@ class _Rank:
         old, name = self._subscriber, rank_name(engine, self._rank)
         self._subscriber = Subscriber(name, self._sink, self._device, self._rank, instead_of=old)
         return os.getpid(), os.getppid(), "direct"
+
+
+def _checkpoint(path: str) -> Any:
+    """What a model was loaded from; None where that has no safetensors files."""
+    from rlbridge.weights.model_files import checkpoint_of
+
+    try:
+        return checkpoint_of(path)
+    except (LayoutError, OSError, ValueError):
+        return None
 
 
 def _serve(spec: RankSpec, rank: int, model_runner: Any) -> RankServer:

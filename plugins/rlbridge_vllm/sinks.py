@@ -17,8 +17,8 @@ from rlbridge.errors import LayoutError
 from rlbridge.roles.sink import RecordedSink, WeightSink
 from rlbridge.weights.digest import digests
 from rlbridge.weights.layout import Layout, Piece, TensorMeta
+from rlbridge.weights.model_files import Checkpoint, checkpoint_of
 from rlbridge.weights.record import record
-from rlbridge_vllm.model_files import Checkpoint, checkpoint_of
 from rlbridge_vllm.streamed import StreamedSink
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from rlbridge.errors import LayoutError
 from rlbridge.roles.sink import WeightSink
 from rlbridge.weights.digest import digests
 from rlbridge.weights.layout import Layout, Region, TensorMeta, whole
-from rlbridge_vllm.model_files import Checkpoint
+from rlbridge.weights.model_files import Checkpoint
 
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 

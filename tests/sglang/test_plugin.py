@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from rlbridge.errors import DataError, DeadlineError, LayoutError, PeerLostError, SyncError
 from rlbridge.plugins import registry
@@ -25,6 +26,7 @@ from rlbridge.roles.batch import Completion, Sampling, pad_sequences
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.sync.messages import Described, Record, Wait, answer, pack, result
 from rlbridge.weights.layout import Layout, Region, TensorMeta
+from rlbridge.weights.model_files import Checkpoint
 from rlbridge_sglang.channel import Handle, RankClient, RankServer
 from rlbridge_sglang.cpu_environment import SGLANG_CPU
 from rlbridge_sglang.engine_loop import EngineLoop
@@ -325,6 +327,22 @@ def test_a_model_that_sglang_would_not_update_is_refused_in_its_words() -> None:
     model.__dict__["load_weights"] = lambda weights: pytest.fail("the loader was run")
     with pytest.raises(LayoutError, match="cannot update the weights of this model: splits are cached"):
         ModelSink(model, lambda: "splits are cached").record([])
+
+
+def test_a_tensor_that_would_be_taken_into_the_padding_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 8, bias=False)
+
+    def load(weights: Any) -> None:
+        for _, weight in weights:
+            model.weight.data[: len(weight)].copy_(weight)
+            model.weight.data[len(weight) :].fill_(0)
+
+    model.__dict__["load_weights"] = load
+    save_file({"w": torch.zeros(5, 2)}, tmp_path / "model.safetensors")
+    sink = ModelSink(model, checkpoint=Checkpoint(tmp_path))
+    assert sink.record([TensorMeta("w", (5, 2), "float32")]).regions
+    with pytest.raises(LayoutError, match=r"shape \(6, 2\), and the engine's model has \(5, 2\)"):
+        sink.record([TensorMeta("w", (6, 2), "float32")])
 
 
 def test_what_all_ranks_together_leave_out_is_refused() -> None:
