@@ -148,7 +148,9 @@ class Client:
             GivenUpError: the request failed, and `give_up` said so.
         """
         failing = _Failing(self._retry_seconds, time.monotonic() + seconds)
-        headers = {} if content is None else {"Content-Type": kind}
+        headers = {INSTANCE_HEADER: self.instance} if self.instance else {}
+        if content is not None:
+            headers["Content-Type"] = kind
         backoff = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
         problem: RlbridgeError
         try:
@@ -205,8 +207,8 @@ class Client:
             raise _AgainError(f"{status}: {reply.text}", lost=False, after=_retry_after(response))
         if self.instance and response.headers.get(INSTANCE_HEADER) != self.instance:
             raise PeerLostError(
-                "another server has taken the place of the one that this engine has synced: it holds other weights",
-                todo="go on from the last checkpoint: rlbridge run --resume",
+                "the server was started anew, or another run has opened it: it holds other weights than this engine has synced",
+                todo="a server is for one run at a time; go on from the last checkpoint: rlbridge run --resume",
                 **where,
             )
         if status in (401, 403):

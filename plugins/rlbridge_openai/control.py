@@ -10,7 +10,7 @@ from rlbridge.errors import RlbridgeError
 from rlbridge.roles.generator import PauseMode
 from rlbridge.sync.messages import Nothing, pack, result
 from rlbridge_openai.client import Client, Reply
-from rlbridge_openai.messages import ROUTE, Facts, Open
+from rlbridge_openai.messages import ROUTE, Facts, Open, Opened
 
 T = TypeVar("T")
 
@@ -42,8 +42,9 @@ class ServerControl:
         Raises:
             LayoutError: `install` is direct, and a tensor cannot be copied.
         """
-        replies = self._call("open", list[bytes], content=pack(Open(engine, install)))
-        return [how for _, _, how in (result(reply, tuple[int, int, str]) for reply in replies)]
+        opened = self._call("open", Opened, content=pack(Open(engine, install)))
+        self._client.instance = opened.instance
+        return [how for _, _, how in (result(reply, tuple[int, int, str]) for reply in opened.ranks)]
 
     def ranks(self, method: str, payload: bytes) -> list[bytes]:
         """`Subscriber.handle` in every rank."""

@@ -47,7 +47,6 @@ class OpenAIGenerator(Generator[OpenAIGeneratorOptions]):
             check_guarded(self._client, self._facts, options)
             self._api = requests.APIS[self._facts.server][chosen_api(self._facts, options)]
             self._scoring = requests.SCORING[self._facts.server]
-            self._client.instance = self._facts.instance
             self._installs = self._control.open(self._name, options.install)
         except BaseException:
             self._client.close()

@@ -8,7 +8,8 @@ ROUTE = "/v1/rlbridge"
 """Under /v1, which is what servers guard with their key."""
 
 INSTANCE_HEADER = "x-rlbridge-instance"
-"""Names the server's process in each of its answers: one that was started anew holds other weights."""
+"""Names, in each answer, what a server holds since somebody has opened it: one that was started or opened anew holds other
+weights. In a call it is what the caller knows."""
 
 
 class Open(msgspec.Struct, frozen=True):
@@ -18,11 +19,17 @@ class Open(msgspec.Struct, frozen=True):
     install: str
 
 
+class Opened(msgspec.Struct, frozen=True):
+    """The answer: the server's new name, and that of each rank to (pid, parent's pid, how weights are installed)."""
+
+    instance: str
+    ranks: list[bytes]
+
+
 class Facts(msgspec.Struct, frozen=True):
     """What a server is, and how it was started.
 
     Attributes:
-        instance: Names the process.
         model: What it has loaded: a directory or a name.
         server: "vLLM" or "SGLang".
         release: Its version.
@@ -35,7 +42,6 @@ class Facts(msgspec.Struct, frozen=True):
         missing: Arguments and variables that it should have been started with.
     """
 
-    instance: str
     model: str
     server: str
     release: str

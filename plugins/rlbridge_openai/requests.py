@@ -280,7 +280,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], longest: int, vocabulary: in
             raise DataError(
                 f"prompt {index} has {len(prompt)} tokens, and the server takes {longest} with its completion",
                 role="generator",
-                todo="start the server with a larger --max-model-len, if the model can, or leave out long prompts",
+                todo="start the server with a larger --max-model-len (SGLang: --context-length), or leave out long prompts",
             )
         check_tokens(f"prompt {index}", prompt, vocabulary)
 

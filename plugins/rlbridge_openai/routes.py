@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from rlbridge.errors import ConfigError, to_wire
+from rlbridge.errors import ConfigError, PeerLostError, to_wire
 from rlbridge.sync.messages import Failed, Ok, pack
 from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE
 
@@ -23,27 +23,46 @@ Answer = Callable[[str, str, dict[str, str], bytes], Awaitable[object]]
 """Answers (call, method of the ranks, query, body)."""
 
 
-def new_instance() -> str:
-    """A name for this process."""
-    return secrets.token_hex(8)
+class Session:
+    """What the server holds since it was started, or opened, by a name that no other time has."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> str:
+        """Another name: whoever knows the old one is refused from now on."""
+        self.name = secrets.token_hex(8)
+        return self.name
+
+    def check(self, told: str | None) -> None:
+        """Refuse who knows another name. `told`: None where none is known.
+
+        Raises:
+            PeerLostError: that is so.
+        """
+        if told is not None and told != self.name:
+            raise PeerLostError(
+                "another run has opened this server", role="generator", todo="a server is for one run at a time"
+            )
 
 
-def naming(send: Send, instance: str) -> Send:
-    """`send`, with the process's name in the head of each answer."""
+def naming(send: Send, session: Session) -> Send:
+    """`send`, with the session's name in the head of each answer."""
 
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (INSTANCE_HEADER.encode(), instance.encode())]
+            message["headers"] = [*message.get("headers", ()), (INSTANCE_HEADER.encode(), session.name.encode())]
         await send(message)
 
     return named
 
 
-def add_routes(app: Any, answer: Answer, has_key: Callable[[], bool], todo: str) -> None:
+def add_routes(app: Any, session: Session, answer: Answer, has_key: Callable[[], bool], todo: str) -> None:
     """Put the control's routes into a Starlette application.
 
     Args:
         app: The application.
+        session: Whose callers are answered.
         answer: Answers a call.
         has_key: Whether the server asks for a key.
         todo: How it is started with one.
@@ -56,6 +75,7 @@ def add_routes(app: Any, answer: Answer, has_key: Callable[[], bool], todo: str)
         """An answer of ours, or an error of ours: both as bytes."""
         try:
             check_stranger(request.client.host if request.client else None, has_key(), todo)
+            session.check(request.headers.get(INSTANCE_HEADER))
             path = request.path_params
             found = await answer(
                 path.get("call", "ranks"), path.get("method", ""), dict(request.query_params), await request.body()

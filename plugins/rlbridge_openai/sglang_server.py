@@ -15,8 +15,8 @@ from typing import Any
 from rlbridge.errors import RlbridgeError, SyncError
 from rlbridge.importing import import_target
 from rlbridge.sync.messages import Nothing, unpack
-from rlbridge_openai.messages import Facts, Open
-from rlbridge_openai.routes import App, Message, Receive, Send, add_routes, naming, new_instance
+from rlbridge_openai.messages import Facts, Open, Opened
+from rlbridge_openai.routes import App, Message, Receive, Send, Session, add_routes, naming
 
 _WITH_KEY = "start it with --api-key"
 _THREADS = 16
@@ -36,27 +36,26 @@ def main() -> int:
 
 def add_control(app: Any, engine: Any) -> None:
     """Put the control of an engine into SGLang's application."""
-    calls = _Calls(new_instance(), engine)
-    app.add_middleware(_Named, instance=calls.instance)
-    add_routes(app, calls.answer, engine.has_key, _WITH_KEY)
+    session = Session()
+    app.add_middleware(_Named, session=session)
+    add_routes(app, session, _Calls(session, engine).answer, engine.has_key, _WITH_KEY)
 
 
 class _Named:
-    """The middleware that names the process in each answer."""
+    """The middleware that names the session in each answer."""
 
-    def __init__(self, app: App, instance: str) -> None:
-        self._app, self._instance = app, instance
+    def __init__(self, app: App, session: Session) -> None:
+        self._app, self._session = app, session
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, naming(send, self._instance))
+        await self._app(scope, receive, naming(send, self._session))
 
 
 class _Calls:
     """What an engine may ask of its server."""
 
-    def __init__(self, instance: str, engine: Any) -> None:
-        self.instance = instance
-        self._engine = engine
+    def __init__(self, session: Session, engine: Any) -> None:
+        self._session, self._engine = session, engine
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="rlbridge-control")
 
     async def answer(self, call: str, method: str, query: dict[str, str], body: bytes) -> object:
@@ -71,7 +70,6 @@ class _Calls:
             case "facts":
                 return Facts(
                     **self._engine.facts(),
-                    instance=self.instance,
                     server="SGLang",
                     stop_ids=[],  # SGLang stops at them by itself
                     apis=["tokens"],
@@ -79,7 +77,8 @@ class _Calls:
                     missing=[],
                 )
             case "open":
-                return self._engine.open(unpack(body, Open).engine, float(query["seconds"]))
+                name = self._session.renew()  # first: nobody else's call comes in between
+                return Opened(name, self._engine.open(unpack(body, Open).engine, float(query["seconds"])))
             case "pause":
                 self._engine.pause(query["mode"])
             case "resume":

@@ -15,8 +15,8 @@ from typing import Any
 
 from rlbridge.errors import DeadlineError, SyncError
 from rlbridge.sync.messages import ASIDE, Nothing, pack, unpack
-from rlbridge_openai.messages import Facts, Open
-from rlbridge_openai.routes import App, Message, Receive, Send, add_routes, naming, new_instance
+from rlbridge_openai.messages import Facts, Open, Opened
+from rlbridge_openai.routes import App, Message, Receive, Send, Session, add_routes, naming
 
 EXTENSION = "rlbridge_vllm.worker.WorkerExtension"
 PROCESSOR = "rlbridge_vllm.logprobs:Tempered"
@@ -26,20 +26,20 @@ _POLL_SECONDS = (0.0005, 0.02)
 
 
 class Control:
-    """The middleware: adds its routes to vLLM's application, behind vLLM's own checks, and names the process in each answer."""
+    """The middleware: adds its routes to vLLM's application, behind vLLM's own checks, and names the session in each answer."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._calls: _Calls | None = None
-        self._instance = new_instance()
+        self._session = Session()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection, or the application's start."""
         if self._calls is None and "app" in scope:
             state = scope["app"].state
-            self._calls = _Calls(self._instance, state)
-            add_routes(scope["app"], self._calls.answer, lambda: _has_key(state.args), _WITH_KEY)
-        await self._app(scope, receive, naming(send, self._instance))
+            self._calls = _Calls(self._session, state)
+            add_routes(scope["app"], self._session, self._calls.answer, lambda: _has_key(state.args), _WITH_KEY)
+        await self._app(scope, receive, naming(send, self._session))
 
 
 def _has_key(arguments: Any) -> bool:
@@ -49,8 +49,9 @@ def _has_key(arguments: Any) -> bool:
 class _Calls:
     """What an engine may ask of its server."""
 
-    def __init__(self, instance: str, state: Any) -> None:
-        self._instance, self._state = instance, state
+    def __init__(self, session: Session, state: Any) -> None:
+        self._session, self._state = session, state
+        self._opening = asyncio.Lock()
         self._opened = False
         self._over: list[int] = []
 
@@ -60,9 +61,11 @@ class _Calls:
             case "ranks":
                 return await self._ranks(engine, method, body, seconds)
             case "facts":
-                return _facts(self._state, self._instance)
+                return _facts(self._state)
             case "open":
-                return await self._open(engine, unpack(body, Open), seconds)
+                async with self._opening:
+                    self._session.renew()  # first: nobody else's call comes in between
+                    return Opened(self._session.name, await self._open(engine, unpack(body, Open), seconds))
             case "pause":
                 return await self._pause(engine, query["mode"], seconds)
             case "resume":
@@ -135,13 +138,12 @@ class _Calls:
         raise DeadlineError(f"a rank did not answer {method!r} within {seconds:g} s", role="generator", phase=method)
 
 
-def _facts(state: Any, instance: str) -> Facts:
+def _facts(state: Any) -> Facts:
     import vllm
 
     config, arguments = state.engine_client.vllm_config, state.args
     model = config.model_config
     return Facts(
-        instance=instance,
         model=str(model.model),
         server="vLLM",
         release=str(vllm.__version__),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from rlbridge.errors import SyncError
@@ -20,7 +21,12 @@ class Control:
         engine: The engine.
         loop: What its coroutines run on.
         seconds: The longest that each call may take.
+
+    Attributes:
+        limit: When every call ends, on the monotonic clock; None: each has its own `seconds`.
     """
+
+    limit: float | None = None
 
     def __init__(self, engine: Any, loop: EngineLoop, seconds: float) -> None:
         from sglang.srt.managers import io_struct
@@ -29,6 +35,7 @@ class Control:
         self._manager = engine.tokenizer_manager
         self._loop, self._seconds = loop, seconds
         self._stamped = 0
+        self._tasks: set[asyncio.Future[Any]] = set()
 
     def hold(self) -> None:
         """Stop scheduling: requests that run go back into the queue, without their keys and values."""
@@ -58,6 +65,11 @@ class Control:
 
         self._do("pause", close)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether requests that come have to wait."""
+        return bool(self._manager.is_pause)
+
     def is_running(self) -> bool:
         """Whether a request is under way."""
         return bool(self._do("look", self._manager.model_update_lock.is_locked))
@@ -68,11 +80,22 @@ class Control:
         Raises:
             SyncError: SGLang refuses.
         """
-        load = self._messages.UpdateWeightFromDiskReqInput(model_path=path, flush_cache=True)
-        name = self._manager.served_model_name
-        success, message, *_ = self._do("load", lambda: self._manager.update_weights_from_disk(load))
-        self._manager.served_model_name = name  # SGLang would call the model by its path from now on
-        self._checked("update_weights_from_disk", (success, message))
+        message = self._messages.UpdateWeightFromDiskReqInput(model_path=path, flush_cache=True)
+
+        async def load() -> Any:
+            name = self._manager.served_model_name
+            try:
+                return await self._manager.update_weights_from_disk(message)
+            finally:
+                self._manager.served_model_name = name  # SGLang would call the model by its path from now on
+
+        success, said, *_ = self._do("load", load)
+        self._checked("update_weights_from_disk", (success, said))
+
+    def end_update(self) -> None:
+        """End an update that a run has left open, if there is one."""
+        end = self._messages.EndWeightUpdateReqInput()
+        self._do("end", lambda: self._manager.end_weight_update(end))  # a refusal says that there is none
 
     def stamp(self, version: int, *, anyway: bool = False) -> None:
         """Let tokens that are made from now on carry `version`; `anyway`: also if it is the one that was told last."""
@@ -124,5 +147,13 @@ class Control:
         if not success:
             raise SyncError(f"SGLang refused {what}: {message}", role="generator", rank=self._loop.name, phase="install")
 
-    def _do(self, what: str, make: Any) -> Any:
-        return self._loop.call(make, self._seconds, what)
+    def _do(self, what: str, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        seconds = self._seconds if self.limit is None else min(self._seconds, max(self.limit - time.monotonic(), 0.0))
+        return self._loop.call(lambda: self._to_its_end(make), seconds, what)
+
+    async def _to_its_end(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Whoever waits may give up; the call goes on: SGLang would take the answer to a cancelled one for that to the next."""
+        task = asyncio.ensure_future(make())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlbridge.errors import ConfigError, DeadlineError, SyncError
+from rlbridge.errors import ConfigError, DeadlineError, RlbridgeError, SyncError
 from rlbridge.sync.messages import Nothing, pack
 from rlbridge_sglang.channel import RankClient, socket_path
 from rlbridge_sglang.control import Control
 from rlbridge_sglang.engine_loop import EngineLoop
-from rlbridge_sglang.launch import CPU_ARGUMENTS, CPU_VARIABLES, has_tokenizer, is_plain_moe, share_cores
+from rlbridge_sglang.launch import CPU_ARGUMENTS, CPU_VARIABLES, engine_class, has_tokenizer, is_plain_moe, share_cores
 from rlbridge_sglang.options import RESERVED
 from rlbridge_sglang.rank_process import RankSpec, rank_name, run_rank
 from rlbridge_sglang.ranks import Ranks
@@ -37,8 +40,24 @@ _FIXED = (
     "enable_eplb",
     "weight_cache_mode",
     "custom_weight_loader",
+    "hicache_storage_backend",
+    "enable_lmcache",
+    "lora_paths",
+    "admin_api_key",
+    "grpc_mode",
+    "smg_grpc_mode",
+    "encoder_only",
 )
-"""Arguments that nobody may have given; `RESERVED` says why."""
+"""Arguments that nobody may have given."""
+
+_WHY = {
+    **RESERVED,
+    "lora_paths": RESERVED["enable_lora"],
+    "admin_api_key": "whoever has the other key could change the weights; there is one key, --api-key",
+    **dict.fromkeys(("grpc_mode", "smg_grpc_mode", "encoder_only"), "it is a server of HTTP that generates"),
+}
+_OF_MOE_RUNNERS = {"--moe-runner-backend", "--moe-a2a-backend", "--quantization"}
+"""With one of them the choice of an MoE runner is the user's, or SGLang's."""
 
 _LOOK_SECONDS = 0.01
 
@@ -56,6 +75,8 @@ class HostedEngine:
         self._engine = SimpleNamespace()
         self._loop: EngineLoop | None = None
         self._opened: _Opened | None = None
+        self._broken = ""
+        self._opening = threading.Lock()
 
     def attach(self, manager: Any, ports: Any) -> None:
         """Called when SGLang's processes are there."""
@@ -86,13 +107,22 @@ class HostedEngine:
     def open(self, engine: str, seconds: float) -> list[bytes]:
         """Subscribers of their own for who comes.
 
-        What the last run has left is ended: its pause, its epoch and its weights.
+        What the last run has left is ended: its requests, its epoch, its weights and its pause, in that order.
 
         Args:
             engine: Its name in the session.
-            seconds: Longest that any call of it may take.
+            seconds: Longest that this, and any call of it, may take.
+
+        Raises:
+            SyncError: the engine is in no state that it could come back from.
         """
+        with self._opening:
+            return self._open(engine, seconds)
+
+    def _open(self, engine: str, seconds: float) -> list[bytes]:
         assert self._loop is not None
+        if self._broken:
+            raise SyncError(self._broken, role="generator", todo="start the server again")
         if not hasattr(self._engine, "collective_rpc"):
             _connect(self._engine)
         index = int(engine.removeprefix("generator[").removesuffix("]"))
@@ -102,14 +132,20 @@ class HostedEngine:
             for rank in range(self._arguments.tp_size)
         ]
         ranks = Ranks(clients, functools.partial(self._run, seconds), seconds)
-        control.let_go()
+        control.limit = time.monotonic() + seconds
+        opened = _Opened(control, ranks, seconds)
         if self._opened is not None:
+            self._quiet(opened, "abort")
+            control.end_update()
             ranks.call("close", pack([pack(Nothing())]))
             control.load_again(str(self._arguments.model_path))
         replies = ranks.call("subscribe", pack(index))
-        control.flush()
         control.stamp(0, anyway=True)
-        self._opened = _Opened(control, ranks, seconds)
+        if self._opened is not None:
+            control.flush()
+            control.let_go()
+        control.limit = None
+        self._opened = opened
         return replies
 
     def ranks(self, method: str, payload: bytes) -> list[bytes]:
@@ -124,20 +160,14 @@ class HostedEngine:
             DeadlineError: some still ran at the end of the time: the server goes on.
         """
         opened = self._session()
-        control, limit = opened.control, time.monotonic() + opened.seconds
-        control.close_door()
-        while mode != "keep" and control.is_running():
-            if time.monotonic() > limit:
-                control.let_go()
-                raise DeadlineError(
-                    f"requests still ran {opened.seconds:g} s after the pause ({mode}) had begun: the server goes on",
-                    role="generator",
-                    todo="the limit is generator.answer_seconds; are requests of others on this server?",
-                )
-            if mode == "abort":
-                control.abort()
-            time.sleep(_LOOK_SECONDS)
-        control.hold()
+        was_closed = opened.control.is_closed
+        try:
+            self._quiet(opened, mode)
+        except BaseException:
+            if not was_closed:  # by a pause after which the weights may be torn
+                with contextlib.suppress(RlbridgeError):  # the first error is the one to tell
+                    opened.control.let_go()
+            raise
 
     def resume(self) -> None:
         """Go on."""
@@ -152,6 +182,22 @@ class HostedEngine:
         """Stamp tokens with it from now on."""
         self._session().control.stamp(version)
 
+    def _quiet(self, opened: _Opened, mode: str) -> None:
+        """No request makes a token after this."""
+        control, limit = opened.control, time.monotonic() + opened.seconds
+        control.close_door()
+        while mode != "keep" and control.is_running():
+            if time.monotonic() > limit:
+                raise DeadlineError(
+                    f"requests still ran {opened.seconds:g} s after the pause ({mode}) had begun: the server goes on",
+                    role="generator",
+                    todo="the limit is generator.answer_seconds; are requests of others on this server?",
+                )
+            if mode == "abort":
+                control.abort()
+            time.sleep(_LOOK_SECONDS)
+        control.hold()
+
     def _session(self) -> _Opened:
         if self._opened is None:
             raise SyncError("nobody has opened this server", role="generator", todo="is the caller's rlbridge another version?")
@@ -160,7 +206,11 @@ class HostedEngine:
     def _run(self, seconds: float, ticket: int) -> None:
         """Let SGLang call `rlbridge_run` in every rank."""
         assert self._loop is not None
-        self._loop.run(lambda: self._engine.collective_rpc("rlbridge_run", ticket=ticket), seconds, "rpc")
+        try:
+            self._loop.run(lambda: self._engine.collective_rpc("rlbridge_run", ticket=ticket), seconds, "rpc")
+        except DeadlineError as error:  # somebody still waits for the answer: it would be taken for that of the next call
+            self._broken = error.what
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +231,10 @@ def serve(command_line: Sequence[str], add_control: Callable[[Any, HostedEngine]
 
     Raises:
         ConfigError: an argument that a run cannot do with.
+        PluginError: SGLang is too old.
     """
     arguments = _arguments(list(command_line))
+    engine_class()
     directory = tempfile.mkdtemp(prefix="rlbridge-sglang-")  # readable by this user alone
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     from sglang.srt.entrypoints import http_server
@@ -205,23 +257,32 @@ def _arguments(command_line: list[str]) -> Any:
     parser.add_argument("--model-path", "--model", default="")
     parser.add_argument("--tensor-parallel-size", "--tp-size", "--tp", type=int, default=1)
     seen, _ = parser.parse_known_args(command_line)
-    ours = ["--sampling-backend", "pytorch", *([] if has_tokenizer(seen.model_path) else ["--skip-tokenizer-init"])]
+    named = {word.partition("=")[0] for word in command_line}
+    if "--config" in named:
+        raise ConfigError("--config cannot be used here", todo="give the server its arguments one by one", role="generator")
+    ours = ["--sampling-backend", "pytorch"]
+    if Path(seen.model_path).is_dir() and "--tokenizer-path" not in named and not has_tokenizer(seen.model_path):
+        ours.append("--skip-tokenizer-init")
     if seen.device == "cpu":
         for name, value in CPU_VARIABLES.items():
             os.environ.setdefault(name, value)
         share_cores(seen.tensor_parallel_size)
         for name, value in CPU_ARGUMENTS.items():
             ours += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    elif is_plain_moe(seen.model_path):
+    elif not _OF_MOE_RUNNERS & named and is_plain_moe(seen.model_path):
         ours += ["--moe-runner-backend", "triton"]
     from sglang.srt.server_args import prepare_server_args
 
     usual = prepare_server_args(["--model-path", seen.model_path or "."])  # before the other: the last one made counts
     found = prepare_server_args([*ours, *command_line])
     given = [name for name in _FIXED if getattr(found, name, None) != getattr(usual, name, None)]
+    if (found.device, found.tp_size, found.model_path) != (seen.device, seen.tensor_parallel_size, seen.model_path):
+        raise ConfigError(
+            "an argument is abbreviated", todo="write --model-path, --tp-size and --device in full", role="generator"
+        )
     if given:
         raise ConfigError(
-            "; ".join(f"{name} cannot be set: {RESERVED[name]}" for name in given),
+            "; ".join(f"{name} cannot be set: {_WHY[name]}" for name in given),
             todo="start the server without",
             role="generator",
         )

@@ -85,7 +85,7 @@ class Launch:
         if self._context.device == "cpu":
             for name, value in CPU_VARIABLES.items():
                 os.environ.setdefault(name, value)
-        base = _engine_class()
+        base = engine_class()
         if self._context.device == "cpu":
             share_cores(self._options.tensor_parallel)
         arguments = engine_arguments(self._context, self._options)
@@ -285,7 +285,12 @@ def is_plain_moe(model_path: str) -> bool:
     return not quantized and any(value for part in parts for key, value in part.items() if "experts" in key)
 
 
-def _engine_class() -> Any:
+def engine_class() -> Any:
+    """SGLang's engine.
+
+    Raises:
+        PluginError: SGLang is too old.
+    """
     import sglang
     from sglang.srt.entrypoints.engine import Engine
 

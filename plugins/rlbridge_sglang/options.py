@@ -39,6 +39,8 @@ RESERVED = {
     "disaggregation_mode": "an engine reads its prompts and answers them itself",
     "enable_lora": "a sync writes the model's own weights",
     "enable_eplb": "experts would move away from where a sync writes them",
+    "hicache_storage_backend": "what it keeps of the old weights' keys and values would be read with the new ones",
+    "enable_lmcache": "what it keeps of the old weights' keys and values would be read with the new ones",
     "weight_cache_mode": "it refuses every change of the weights",
     "custom_weight_loader": "rlbridge writes the weights itself",
     "custom_sigquit_handler": "rlbridge watches over the engine's processes itself",

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, Self
 
 from rlbridge.sync.messages import Nothing, answer
-from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts
+from rlbridge_openai.messages import INSTANCE_HEADER, ROUTE, Facts, Opened
 
-FACTS = Facts("one", "somewhere/model", "vLLM", "0.32.0", 64, 67, "float32", [1], ["completions"], dev_mode=False, missing=[])
+FACTS = Facts("somewhere/model", "vLLM", "0.32.0", 64, 67, "float32", [1], ["completions"], dev_mode=False, missing=[])
 
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
@@ -29,7 +29,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.routes: dict[str, Callable[[Request], Answer | None]] = {}
-        self.facts, self.instance = FACTS, FACTS.instance
+        self.facts, self.instance = FACTS, "one"
         self.seen: list[Request] = []
         self.most = self._now = 0
         self._lock = threading.Lock()
@@ -82,7 +82,7 @@ class StandIn:
 
     def _control(self, call: str) -> bytes:
         ranks = [answer(lambda: (1, 1, "direct"))]
-        found: dict[str, object] = {"/facts": self.facts, "/open": ranks, "/drop_caches": True}
+        found: dict[str, object] = {"/facts": self.facts, "/open": Opened(self.instance, ranks), "/drop_caches": True}
         return answer(lambda: [b"rank 0"] if call.startswith("/ranks/") else found.get(call, Nothing()))
 
 

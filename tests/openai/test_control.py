@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlbridge.errors import ConfigError, DeadlineError, SyncError
+from rlbridge.errors import ConfigError, DeadlineError, PeerLostError, SyncError
 from rlbridge.sync.messages import pack
 from rlbridge_openai.messages import INSTANCE_HEADER, Open
-from rlbridge_openai.routes import check_stranger
+from rlbridge_openai.routes import Session, check_stranger
 from rlbridge_openai.vllm_server import Control, _Calls, _has_key
 
 
@@ -59,7 +59,7 @@ class Engine:
 
 
 def calls_of(engine: Engine) -> _Calls:
-    return _Calls("one", SimpleNamespace(engine_client=engine))
+    return _Calls(Session(), SimpleNamespace(engine_client=engine))
 
 
 def ask(calls: _Calls, call: str, method: str = "", body: bytes = b"", **query: str) -> Any:
@@ -122,12 +122,16 @@ def test_the_next_run_finds_nothing_of_the_last_one() -> None:
     engine = Engine()
     calls = calls_of(engine)
     message = pack(Open("generator[0]", "auto"))
-    assert ask(calls, "open", body=message) == [b"zero", b"one"]
+    opened = ask(calls, "open", body=message)
+    assert opened.ranks == [b"zero", b"one"]
     first = list(engine.calls)
     assert first == [("rlbridge_open", ("generator[0]", "auto", "a/model")), ("version", ("0",))]
     ask(calls, "pause", mode="keep")
     engine.calls.clear()
-    ask(calls, "open", body=message)
+    again = ask(calls, "open", body=message)
+    assert again.instance != opened.instance
+    with pytest.raises(PeerLostError, match="another run has opened this server"):
+        calls._session.check(opened.instance)
     told = ["resume", "rlbridge_begin", "rlbridge_score_at", "reload_weights", "reset", "rlbridge_open", "version"]
     assert [name for name, _ in engine.calls] == told
     assert engine.calls[1][1][1] == "close"

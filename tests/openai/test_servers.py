@@ -210,6 +210,7 @@ def test_the_control_asks_for_the_servers_key(real: ServerProcess) -> None:
 
 
 def test_the_next_run_begins_with_the_checkpoint_of_the_server(real: ServerProcess) -> None:
+    left: list[tuple[Bridge, threading.Thread]] = []
     for seed in (21, 22):
         bridge = Bridge(real)
         agrees(bridge.model, bridge.engine.generate(PROMPTS, Sampling(max_tokens=12, temperature=0.0)))
@@ -217,6 +218,19 @@ def test_the_next_run_begins_with_the_checkpoint_of_the_server(real: ServerProce
         change(bridge.model, seed)
         bridge.session().sync(1)
         agrees(bridge.model, bridge.engine.generate(PROMPTS, Sampling(max_tokens=12, temperature=0.0)))
+        # As a run that is killed in mid-update would: nobody resumes what was under way.
+        thread = threading.Thread(target=_error, args=(bridge.generator,))
+        thread.start()
+        time.sleep(0.3)
+        bridge.generator.pause("keep")
+        left.append((bridge, thread))
+    generator = generator_of(real.url)
+    assert all(c.versions == [0, 0] for c in generator.generate(PROMPTS, Sampling(max_tokens=2)))
+    for bridge, thread in left:
+        with pytest.raises(PeerLostError, match="another run has opened it"):
+            bridge.generator.resume()
+        thread.join(60)
+        assert not thread.is_alive()
         bridge.close()
 
 
