@@ -16,7 +16,7 @@ from rlbridge_conformance.faults.machine import lacks
 from rlbridge_conformance.report import Result, read_result
 from tests.environments import is_built, python_in
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
 
 _NATIVE = ["--trainer", "native", "--generator", "native"]
 
@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
         asked = RUNS[name] if "--self-test" in RUNS[name] else [*RUNS[name], "--report", str(report)]
         command = [sys.executable, "-c", code, "conform", *asked]
         env = {**os.environ, "COLUMNS": "200"}
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=1400, env=env)
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=2600, env=env)
         return report, done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
     with ThreadPoolExecutor(2) as pool:

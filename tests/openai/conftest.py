@@ -7,6 +7,7 @@ import pytest
 from tests.environments import python_in
 from tests.openai.server_process import ServerProcess, SglangProcess, VllmProcess, made
 from tests.openai.stand_in import StandIn
+from tests.openai.trainer import nursery
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +15,12 @@ def close_generators() -> Iterator[None]:
     yield
     while made:
         made.pop().close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def close_nursery() -> Iterator[None]:
+    yield
+    nursery.close()
 
 
 @pytest.fixture

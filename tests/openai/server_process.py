@@ -14,19 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import AutoModelForCausalLM
-
 from rlbridge.plugins import registry
 from rlbridge.roles.generator import GeneratorContext
-from rlbridge.roles.source import ShardedSource
 from rlbridge.sync.engine import Engine
 from rlbridge.sync.messages import TransportSpec
-from rlbridge.sync.publisher import Publisher
 from rlbridge.sync.session import SyncOptions, SyncSession
-from rlbridge_native.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge_openai.generator import OpenAIGenerator
 from rlbridge_openai.options import OpenAIGeneratorOptions
 from tests.models import tiny_qwen3
+from tests.openai.trainer import change, load, start
 
 KEY = "sk-of-the-tests-0123456789"
 START_SECONDS = 240.0
@@ -161,18 +157,20 @@ class Bridge:
     """A model that a test may change, and an engine on the server, with a session and NIXL between them."""
 
     def __init__(self, server: ServerProcess, **options: Any) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(server.model).requires_grad_(False)
+        self.model, self._trainer = load(server.model), start(server.model)
         self.generator = generator_of(server.url, model_path=str(server.model), **options)
         self.engine = Engine("generator[0]", self.generator)
-        tensors, pieces = checkpoint_pieces(self.model)
-        self._publisher = Publisher("trainer[0]", ShardedSource(tensors, pieces, lambda: module_tensors(self.model)))
         self._sessions: list[SyncSession] = []
 
+    def change(self, seed: int) -> None:
+        """Move every weight of the model."""
+        change(self.model, seed)
+        self._trainer.do("change", seed)
+
     def session(self, **options: Any) -> SyncSession:
-        trainer = _Here("trainer[0]", lambda *call: [self._publisher.handle(*call)])
         engine = _Here("generator[0]", self.engine.handle)
         spec = TransportSpec("nixl", {"backend": "nixl", "net_devices": "lo"})
-        session = SyncSession([trainer], [engine], spec, SyncOptions(**options))
+        session = SyncSession([self._trainer], [engine], spec, SyncOptions(**options))
         self._sessions.append(session)
         return session
 
@@ -180,6 +178,7 @@ class Bridge:
         for session in self._sessions:
             session.close()
         self.generator.close()
+        self._trainer.stop()
 
 
 class _Here:
