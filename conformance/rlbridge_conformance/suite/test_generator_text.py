@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from rlbridge.roles.batch import Completion, Sampling, Sequences, encode, pad_sequences
+from rlbridge.roles.batch import Completion, Sampling, encode
 from rlbridge.sync.messages import TransportSpec, result
 from rlbridge.sync.session import SyncSession
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
 from rlbridge_conformance.inside import move, pause, resume
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
+from rlbridge_conformance.suite.completions import TOLERANCE, close, joined
 
-_TOLERANCE = 2e-3
 _SHORT = [[5, 9, 17], [8, 23, 31], [50, 2, 45], [14, 39, 27]]
 """Each is shorter than the blocks of prefix caches: no check but that of the cache depends on one."""
 
@@ -55,13 +55,13 @@ def test_a_warm_prefix_is_read_anew(stages: Stages) -> None:
     for _ in range(3):
         for _ in range(2):
             warm = stage.generate(_LONG, temperature=1.0, seed=1)
-        sequences = _joined(_LONG, warm)
+        sequences = joined(_LONG, warm)
         before = stage.engine_scores(sequences)
         stage.trainers[0].apply(move, "")
         stage.sync()
         _apart(before, stage.engine_scores(sequences), "the update moves the log-probs of what was said before")
         said = stage.generate(_LONG, temperature=1.0, seed=1)
-        _close(stage, _joined(_LONG, said), said, f"prompts that were read before version {stage.version}")
+        close(stage, joined(_LONG, said), said, f"prompts that were read before version {stage.version}")
 
 
 @check("contract", "generator")
@@ -73,7 +73,7 @@ def test_log_probs_of_text_are_its_scores(stages: Stages) -> None:
         for prompt in _SHORT:
             said = stage.generate([prompt], temperature=temperature, seed=3, **cuts)
             what = f"a completion at temperature {temperature:g} with {cuts or 'no cuts'}"
-            _close(stage, _joined([prompt], said, temperature), said, what)
+            close(stage, joined([prompt], said, temperature), said, what)
 
 
 @check("contract", "generator")
@@ -302,7 +302,7 @@ def _holds_tokens(stage: Stage, said: Sequence[Completion], state: str) -> None:
 
 def _holds_log_probs(stage: Stage, said: Sequence[Completion], state: str) -> None:
     """Each token's log-prob is what its version scores it with after all that stands before it."""
-    sequences, new = _joined(_SHORT, said), stage.version
+    sequences, new = joined(_SHORT, said), stage.version
     scores = {new: stage.engine_scores(sequences)}
     stage.on_trainers("load_state", state)
     stage.sync()
@@ -313,7 +313,7 @@ def _holds_log_probs(stage: Stage, said: Sequence[Completion], state: str) -> No
         wanted = [float(scores[version][row, first + i]) for i, version in enumerate(completion.versions)]
         apart = max((abs(a - b) for a, b in zip(wanted, completion.logprobs, strict=True)), default=0.0)
         what = "log-probs over an update are those of each token's version"
-        holds(apart < _TOLERANCE, what, f"less than {_TOLERANCE:g} apart", f"{apart:.3g}")
+        holds(apart < TOLERANCE, what, f"less than {TOLERANCE:g} apart", f"{apart:.3g}")
 
 
 def _synced(stages: Stages) -> Stage:
@@ -356,20 +356,6 @@ def _settles(begun: Future[bytes], seconds: float) -> bool:
     return True
 
 
-def _joined(prompts: list[list[int]], said: Sequence[Completion], temperature: float = 1.0) -> Sequences:
-    return pad_sequences(prompts, [completion.token_ids for completion in said], temperature=temperature)
-
-
-def _close(stage: Stage, sequences: Sequences, said: Sequence[Completion], what: str) -> None:
-    """Hold the log-probs of completions to the scores of the same tokens."""
-    scores, mask = stage.engine_scores(sequences), sequences.completion_mask_BT()
-    for row, completion in enumerate(said):
-        wanted = scores[row][mask[row]]
-        expect(f"there is a log-prob for each token of {what}", len(completion.token_ids), len(completion.logprobs))
-        apart = float(np.abs(wanted - np.array(completion.logprobs)).max())
-        holds(apart < _TOLERANCE, f"log-probs are the scores of {what}", f"less than {_TOLERANCE:g} apart", f"{apart:.3g}")
-
-
 def _apart(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any], what: str) -> None:
     apart = float(np.abs(one - other).max())
-    holds(apart > 50 * _TOLERANCE, what, f"more than {50 * _TOLERANCE:g} apart", f"{apart:.3g}")
+    holds(apart > 50 * TOLERANCE, what, f"more than {50 * TOLERANCE:g} apart", f"{apart:.3g}")

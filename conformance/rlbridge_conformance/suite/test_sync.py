@@ -16,6 +16,7 @@ from rlbridge_conformance.members import Member, errors_of
 from rlbridge_conformance.probes import no_growth, registrations, usage
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
+from rlbridge_conformance.suite.completions import close, joined
 from rlbridge_conformance.suite.trainer_stages import publishes_in_place
 
 TOLERANCE = 2e-3
@@ -99,7 +100,7 @@ def test_text_is_that_of_a_fresh_engine(stages: Stages) -> None:
 
 @check("sync")
 def test_a_cached_prompt_is_computed_anew(stages: Stages) -> None:
-    """Seen by generation: prompt log-probs bypass a prefix cache."""
+    """Seen by generation, its text and its log-probs: a score bypasses a prefix cache."""
     stage = _usual(stages)
     stage.sync()
     for _ in range(2):
@@ -110,7 +111,11 @@ def test_a_cached_prompt_is_computed_anew(stages: Stages) -> None:
         if fresh != old:
             break
     stage.sync()
-    _same_text(stage, fresh, "the new version, for prompts that were cached under the old one")
+    what = "the new version, for prompts that were cached under the old one"
+    for index in range(len(stage.engines)):
+        said = stage.generate(_PROMPTS, index, temperature=1.0, seed=1)
+        close(stage, joined(_PROMPTS, said), said, what, index)
+    _same_text(stage, fresh, what)
 
 
 @check("sync")
