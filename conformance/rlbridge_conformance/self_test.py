@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.markup import escape
 
 from rlbridge.plugins import MODULES_VARIABLE
 from rlbridge_conformance.broken.catalogue import Broken, catalogue
@@ -128,18 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     good = killed == len(outcomes)
     if not options.only:
         twins = run_twins(options.level)
-        failed = [check.id for check in twins.checks if check.state in ("fail", "error")]
+        failed = [check for check in twins.checks if check.state in ("fail", "error")]
         good = good and not failed
         console.print(f"the correct twins: {sum(c.state == 'pass' for c in twins.checks)} checks passed, {len(failed)} failed")
-        for ident in failed:
-            console.print(f"  [red]failed[/]  {ident}")
+        for check in failed:
+            console.print(f"  [red]failed[/]  {escape(check.id)}: {escape(check.detail)}")
     if options.matrix is not None:
         rows = [{"name": o.broken.name, "role": o.broken.role, "rule": o.broken.rule, "check": o.broken.check,
                  "alone": o.alone, "failed": list(o.failed), "ran": o.ran} for o in outcomes]  # fmt: skip
         options.matrix.write_text(json.dumps(rows, indent=1) + "\n")
         if not options.only:
-            for check in unshared(outcomes, (c.id for c in twins.checks if c.state == "pass")):
-                console.print(f"  no broken backend that only {check} kills")
+            for name in unshared(outcomes, (c.id for c in twins.checks if c.state == "pass")):
+                console.print(f"  no broken backend that only {name} kills")
     console.print(f"killed {killed}/{len(outcomes)}")
     return 0 if good else 1
 
