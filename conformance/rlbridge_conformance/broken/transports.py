@@ -238,7 +238,7 @@ class ReadsOnceMore(ReferenceTransport):
         received, again = super().receive(version, slot, tensors, deadline), super().receive
 
         def read() -> None:
-            for _ in range(4):
+            for _ in range(100):
                 time.sleep(_MOMENT)
                 if self.newest == version and self.blocks:
                     again(version, slot, tensors, deadline)
