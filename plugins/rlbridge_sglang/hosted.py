@@ -23,7 +23,15 @@ from rlbridge.sync.messages import Nothing, pack
 from rlbridge_sglang.channel import RankClient, socket_path
 from rlbridge_sglang.control import Control
 from rlbridge_sglang.engine_loop import EngineLoop
-from rlbridge_sglang.launch import CPU_ARGUMENTS, CPU_VARIABLES, engine_class, has_tokenizer, is_plain_moe, share_cores
+from rlbridge_sglang.launch import (
+    CPU_ARGUMENTS,
+    CPU_VARIABLES,
+    OF_MOE_RUNNERS,
+    engine_class,
+    has_tokenizer,
+    is_plain_moe,
+    share_cores,
+)
 from rlbridge_sglang.options import RESERVED
 from rlbridge_sglang.rank_process import RankSpec, rank_name, run_rank
 from rlbridge_sglang.ranks import Ranks
@@ -56,9 +64,6 @@ _WHY = {
     "admin_api_key": "whoever has the other key could change the weights; there is one key, --api-key",
     **dict.fromkeys(("grpc_mode", "smg_grpc_mode", "encoder_only"), "it is a server of HTTP that generates"),
 }
-_OF_MOE_RUNNERS = {"--moe-runner-backend", "--moe-a2a-backend", "--quantization"}
-"""With one of them the choice of an MoE runner is the user's, or SGLang's."""
-
 _LOOK_SECONDS = 0.01
 
 
@@ -268,8 +273,8 @@ def _arguments(command_line: list[str]) -> Any:
             os.environ.setdefault(name, value)
         share_cores(seen.tensor_parallel_size)
         for name, value in CPU_ARGUMENTS.items():
-            ours += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    elif not _OF_MOE_RUNNERS & named and is_plain_moe(seen.model_path):
+            ours += [_flag(name), *([] if value is True else [str(value)])]
+    elif not {_flag(name) for name in OF_MOE_RUNNERS} & named and is_plain_moe(seen.model_path):
         ours += ["--moe-runner-backend", "triton"]
     from sglang.srt.server_args import prepare_server_args
 
@@ -289,6 +294,10 @@ def _arguments(command_line: list[str]) -> Any:
     if found.sampling_backend != "pytorch":
         raise ConfigError("only the sampling backend pytorch samples from seeds", todo="leave it out", role="generator")
     return found
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _attached(base: Any, hosted: HostedEngine) -> Any:

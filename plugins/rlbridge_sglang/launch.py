@@ -39,7 +39,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
 
 CORES_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 
-_OF_MOE_RUNNERS = {"moe_runner_backend", "moe_a2a_backend", "quantization"}
+OF_MOE_RUNNERS = {"moe_runner_backend", "moe_a2a_backend", "quantization"}
 """Arguments that choose an MoE runner, or leave no choice of it."""
 
 _SOCKET_PATH_BYTES = 100
@@ -257,7 +257,7 @@ def engine_arguments(context: GeneratorContext, options: SglangGeneratorOptions)
     }
     if context.device == "cpu":
         arguments |= CPU_ARGUMENTS
-    elif not _OF_MOE_RUNNERS & options.engine_args.keys() and is_plain_moe(context.model_path):
+    elif not OF_MOE_RUNNERS & options.engine_args.keys() and is_plain_moe(context.model_path):
         arguments["moe_runner_backend"] = "triton"
     chosen: dict[str, Any] = {
         "context_length": options.context_length,

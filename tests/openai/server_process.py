@@ -9,8 +9,6 @@ import subprocess
 import time
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +19,7 @@ from rlbridge.sync.messages import TransportSpec
 from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge_openai.generator import OpenAIGenerator
 from rlbridge_openai.options import OpenAIGeneratorOptions
+from tests.here import Here
 from tests.models import tiny_qwen3
 from tests.openai.trainer import change, load, start
 
@@ -168,7 +167,7 @@ class Bridge:
         self._trainer.do("change", seed)
 
     def session(self, **options: Any) -> SyncSession:
-        engine = _Here("generator[0]", self.engine.handle)
+        engine = Here("generator[0]", self.engine.handle)
         spec = TransportSpec("nixl", {"backend": "nixl", "net_devices": "lo"})
         session = SyncSession([self._trainer], [engine], spec, SyncOptions(**options))
         self._sessions.append(session)
@@ -179,21 +178,6 @@ class Bridge:
             session.close()
         self.generator.close()
         self._trainer.stop()
-
-
-class _Here:
-    """A party of the session in this process."""
-
-    actor = None
-
-    def __init__(self, name: str, handle: Callable[..., list[bytes]]) -> None:
-        self.name, self._handle, self._pool = name, handle, ThreadPoolExecutor(4)
-
-    def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
-        return self._pool.submit(self._handle, method, payload)
-
-    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
-        raise NotImplementedError
 
 
 def _free_port() -> int:

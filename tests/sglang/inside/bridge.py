@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge.weights.layout import Piece, TensorMeta, contiguous_strides, whole
 from rlbridge_sglang.generator import SglangGenerator
 from rlbridge_sglang.options import SglangGeneratorOptions
+from tests.here import Here
 from tests.sglang.inside import models
 
 
@@ -68,7 +67,7 @@ class Bridge:
         metas = self.published()
         pieces = [Piece(whole(m), m.name, 0, contiguous_strides(m.shape)) for m in metas if m.alias_of is None]
         publisher = Publisher("trainer[0]", ShardedSource(metas, pieces, lambda: models.checkpoint(self.model)))
-        parties = _Here("trainer[0]", lambda *call: [publisher.handle(*call)]), _Here("generator[0]", self.engine.handle)
+        parties = Here("trainer[0]", lambda *call: [publisher.handle(*call)]), Here("generator[0]", self.engine.handle)
         return SyncSession(parties[:1], parties[1:], TransportSpec("nixl", {"backend": "nixl"}), options)
 
 
@@ -78,18 +77,3 @@ def started(path: Path, **options: Any) -> SglangGenerator:
     generator = SglangGenerator()
     generator.setup(GeneratorContext(0, 1, "cpu", str(path), 0, False, chosen.model_dump()), chosen)
     return generator
-
-
-class _Here:
-    """A party of the session in this process."""
-
-    actor = None
-
-    def __init__(self, name: str, handle: Callable[..., list[bytes]]) -> None:
-        self.name, self._handle, self._pool = name, handle, ThreadPoolExecutor(4)
-
-    def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
-        return self._pool.submit(self._handle, method, payload)
-
-    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
-        raise NotImplementedError

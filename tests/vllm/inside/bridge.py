@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from rlbridge.weights.layout import TensorMeta
 from rlbridge_native.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge_vllm.generator import VllmGenerator
 from rlbridge_vllm.options import VllmGeneratorOptions
+from tests.here import Here
 from tests.vllm.inside import models
 
 
@@ -67,8 +66,8 @@ class Bridge:
 
     def session_with(self, **options: Any) -> SyncSession:
         """Another session between the two."""
-        trainer = _Here("trainer[0]", lambda *call: [self._publisher.handle(*call)])
-        engine = _Here("generator[0]", self.engine.handle)
+        trainer = Here("trainer[0]", lambda *call: [self._publisher.handle(*call)])
+        engine = Here("generator[0]", self.engine.handle)
         return SyncSession([trainer], [engine], TransportSpec("nixl", {"backend": "nixl"}), SyncOptions(**options))
 
 
@@ -78,18 +77,3 @@ def started(path: Path, **options: Any) -> VllmGenerator:
     generator = VllmGenerator()
     generator.setup(GeneratorContext(0, 1, "cpu", str(path), 0, False, chosen.model_dump()), chosen)
     return generator
-
-
-class _Here:
-    """A party of the session in this process."""
-
-    actor = None
-
-    def __init__(self, name: str, handle: Callable[..., list[bytes]]) -> None:
-        self.name, self._handle, self._pool = name, handle, ThreadPoolExecutor(4)
-
-    def call(self, method: str, payload: bytes, tensors: dict[str, Any] | None = None) -> Future[list[bytes]]:
-        return self._pool.submit(self._handle, method, payload)
-
-    def tensors(self, version: int, slot: int, sink: str, tensor_transport: str | None) -> Any:
-        raise NotImplementedError
