@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes that start with it compile torch anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell starts what it puts in the background deaf to interrupts, and what a test starts would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time, and no example fails for being slow: how fast a machine is, is no property of the code.
 settings.register_profile("rlbridge", deadline=None, derandomize=True)
