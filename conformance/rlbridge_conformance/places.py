@@ -15,6 +15,17 @@ _SERVE = "rlbridge_conformance.processes:serve"
 # Recording a loader enters a torch dispatch mode, which imports torch._dynamo: a second in each new engine.
 _MODULES = ("rlbridge_conformance.hosts", "torch._dynamo")
 
+_kept: dict[tuple[Path | None, str], Nursery] | None = None
+
+
+def keep_nurseries() -> None:
+    """Let nurseries outlive the run that began them: the next runs in this process fork off the same, to the end of it.
+
+    To start one takes most of a short run. It has imported what the first run asked for; its children import the rest.
+    """
+    global _kept
+    _kept = {}
+
 
 class Places:
     """The interpreters that a run of the suite needs, each with one nursery, begun when it is first asked for.
@@ -43,12 +54,21 @@ class Places:
     def nursery(self, place: Place) -> Nursery:
         """What the processes of that place are forked off."""
         if place.python not in self._nurseries:
-            modules = [*_MODULES, *self._modules.get(place.python, ())]
-            self._nurseries[place.python] = Nursery(_SERVE, modules, place.python, place.variables)
+            self._nurseries[place.python] = self._begin(place)
         return self._nurseries[place.python]
 
+    def _begin(self, place: Place) -> Nursery:
+        key = (place.python, repr(sorted(place.variables.items())))
+        if _kept is not None and key in _kept:
+            return _kept[key]
+        begun = Nursery(_SERVE, [*_MODULES, *self._modules.get(place.python, ())], place.python, place.variables)
+        if _kept is not None:
+            _kept[key] = begun
+        return begun
+
     def close(self) -> None:
-        """End the nurseries."""
-        for nursery in self._nurseries.values():
-            nursery.close()
+        """End the nurseries, unless they are kept."""
+        if _kept is None:
+            for nursery in self._nurseries.values():
+                nursery.close()
         self._nurseries.clear()

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rlbridge.plugins import MODULES_VARIABLE
 from rlbridge_conformance.broken.catalogue import Broken, catalogue
 from rlbridge_conformance.levels import LEVELS, Level
+from rlbridge_conformance.places import keep_nurseries
 from rlbridge_conformance.report import Result, read_result
 
 _INI = Path(__file__).with_name("pytest.ini")
@@ -106,13 +107,19 @@ def unshared(outcomes: Iterable[Outcome], checks: Iterable[str]) -> list[str]:
 
 def _run(chosen: Sequence[Broken], jobs: int, console: Console, *, whole_level: bool) -> list[Outcome]:
     outcomes = []
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), gc.freeze) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
         for outcome in pool.map(functools.partial(run_broken, whole_level=whole_level), chosen):
             outcomes.append(outcome)
             broken = outcome.broken
             word = "[green]killed[/]" if outcome.killed else "[red]SURVIVED[/]"
             console.print(f"{word}  {broken.role:<9} {broken.name:<42} {broken.check}")
     return outcomes
+
+
+def _begin() -> None:
+    """What makes many runs in one process quick."""
+    gc.freeze()
+    keep_nurseries()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -174,7 +174,7 @@ def test_a_process_reaches_itself_without_the_link(start: Callable[..., ProcessP
 @both_kinds
 def test_a_cut_link_carries_nothing_until_it_is_mended(start: Callable[..., ProcessParty], proxy: bool) -> None:
     with Link(proxy=proxy) as link:
-        link.narrow(200)  # so that it is in the middle
+        link.narrow(20)  # so that it is in the middle
         crossing = Crossing(link, start, 24 * MIB)
         assert eventually(lambda: crossing.arrived() > MIB)
         link.cut()
@@ -188,7 +188,7 @@ def test_a_cut_link_carries_nothing_until_it_is_mended(start: Callable[..., Proc
 @needs("tun")
 def test_a_stalled_link_carries_nothing_and_loses_nothing(start: Callable[..., ProcessParty]) -> None:
     with Link(proxy=True) as link:
-        link.narrow(200)
+        link.narrow(20)
         crossing = Crossing(link, start, 24 * MIB)
         assert eventually(lambda: crossing.arrived() > MIB)
         link.stall()
@@ -436,8 +436,8 @@ def test_a_link_that_breaks_in_the_middle_leaves_the_old_version_served(
     crew.meet(operation)
     crew.sync()
     served, version = crew.version, crew.publish()
-    crew.session.options = SyncOptions(deadline_seconds=1.0)
-    crew.link.narrow(50)  # 2.7 s for all: the fault comes in the middle
+    crew.session.options = SyncOptions(deadline_seconds=4.0)
+    crew.link.narrow(20)  # 6.7 s for all: the fault comes in the middle
     before = crew.carried()
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -448,7 +448,7 @@ def test_a_link_that_breaks_in_the_middle_leaves_the_old_version_served(
             began = time.monotonic()
             with pytest.raises(DeadlineError) as caught:
                 pull.result(30)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert caught.value.where["phase"] == "wire"
         assert caught.value.where["version"] == str(version)
         assert caught.value.where["peer"] in ("trainer[0]", "generator[0].rank[0]")
@@ -457,7 +457,7 @@ def test_a_link_that_breaks_in_the_middle_leaves_the_old_version_served(
     finally:
         repair(crew.link)
         crew.link.widen()
-    assert eventually(lambda: crew.carries(before + 16 * MIB))  # late, into an arena that nobody reads
+    assert eventually(lambda: crew.carries(before + 16 * MIB), 60)  # late, into an arena that nobody reads
     assert crew.serves(served)
     crew.session.options = SyncOptions()
     for _ in range(2):
@@ -468,10 +468,13 @@ def test_a_link_that_breaks_in_the_middle_leaves_the_old_version_served(
 
 def stands_still(link: Link, crossing: Crossing) -> bool:
     """Whether nothing is carried, and nothing arrives, for a while; what had arrived may take a moment to be read."""
-    time.sleep(0.2)
-    before = link.bytes(), crossing.arrived()
-    time.sleep(0.2)
-    return (link.bytes(), crossing.arrived()) == before and crossing.arrived() < crossing.nbytes
+
+    def still() -> bool:
+        before = link.bytes(), crossing.arrived()
+        time.sleep(0.2)
+        return (link.bytes(), crossing.arrived()) == before
+
+    return eventually(still) and crossing.arrived() < crossing.nbytes
 
 
 def namespaces() -> set[str]:

@@ -24,7 +24,6 @@ _GLOO, _RDT_NIXL = (["--transport", "rdt", f"transport.tensor_transport={wire}"]
 _VLLM, _SGLANG = (["--trainer", "native", "--generator", name, "--transport", "nixl"] for name in ("vllm", "sglang"))
 RUNS = {
     "nixl": [*_NATIVE, "--transport", "nixl", "--level", "faults"],
-    "self-test": ["--self-test"],
     "object_store": ["--transport", "object_store", "--level", "contract"],
     "nixl write over tcp": ["--transport", "nixl", "transport.operation=write", "transport.wire=tcp", "--level", "rdma"],
     "native over object_store": [*_NATIVE, "--transport", "object_store", "--from", "sync"],
@@ -50,6 +49,16 @@ WIRES = {
 }
 
 
+def conform(place: Path, *arguments: str) -> tuple[int, str]:
+    """The command's exit code, and what it said."""
+    code = "import sys; from rlbridge.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "conform", *arguments]
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, timeout=2600, env={**os.environ, "COLUMNS": "200"}
+    )
+    return done.returncode, done.stdout + (done.stderr if done.returncode else "")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Path, int, str]]]]:
     """All runs, two at a time: each waits more than it computes."""
@@ -57,12 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
 
     def run(name: str) -> tuple[Path, int, str]:
         report = place / name.replace(" ", "-")
-        code = "import sys; from rlbridge.cli.main import main; sys.exit(main())"
-        asked = RUNS[name] if "--self-test" in RUNS[name] else [*RUNS[name], "--report", str(report)]
-        command = [sys.executable, "-c", code, "conform", *asked]
-        env = {**os.environ, "COLUMNS": "200"}
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=2600, env=env)
-        return report, done.returncode, done.stdout + (done.stderr if done.returncode else "")
+        return report, *conform(place, *RUNS[name], "--report", str(report))
 
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(run, name) for name in RUNS if name not in ENVIRONMENTS or is_built(ENVIRONMENTS[name])}
@@ -83,8 +87,8 @@ def test_a_pair_passes_what_this_machine_can_run(runs: dict[str, Future[tuple[Pa
     assert all(counts.passed for level, counts in result.levels.items() if level != "rdma")
 
 
-def test_every_broken_backend_is_killed(runs: dict[str, Future[tuple[Path, int, str]]]) -> None:
-    _, code, said = runs["self-test"].result()
+def test_every_broken_backend_is_killed(tmp_path: Path) -> None:
+    code, said = conform(tmp_path, "--self-test")
     assert code == 0, said
     killed, _, total = said.splitlines()[-1].removeprefix("killed ").partition("/")
     assert killed == total

@@ -78,12 +78,13 @@ def test_calls_in_a_pause_wait_for_its_end(untied: Path, mode: Any) -> None:
     with pytest.raises(DeadlineError, match=f"paused \\({mode}\\), and no request could begin within 0.1 s"):
         generator.generate([[5]], Sampling(3))
     assert generator.requests == []
+    generator.options = generator.options.model_copy(update={"pause_seconds": 30.0})
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(generator.generate, [[5]], Sampling(3))
         time.sleep(0.02)
         generator.version = 4
         generator.resume()
-        assert call.result(5)[0].versions == [4, 4, 4]
+        assert call.result(30)[0].versions == [4, 4, 4]
 
 
 def test_pause_that_waits_too_long_says_so(untied: Path) -> None:

@@ -15,21 +15,24 @@ import torch
 
 from rlbridge.errors import DeadlineError, PeerLostError, RlbridgeError, TransportError
 from rlbridge.roles.transport import Copy, TransportContext
+from rlbridge_conformance.faults.signals import send
 from rlbridge_conformance.processes import ProcessParty
 from rlbridge_conformance.reference import transport as wire
 from rlbridge_conformance.reference.options import ReferenceTransportOptions
 from rlbridge_conformance.reference.transport import ReferenceTransport
 
 
-def test_transport_reads_in_buckets_within_its_deadline() -> None:
+def test_transport_reads_in_buckets_within_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(wire, "time", clock)
     source, sink, blocks = connected(bucket_bytes=700, delay_seconds=0.01)
-    assert sink.receive(1, 0, {}, time.monotonic() + 5) == 3000
+    assert sink.receive(1, 0, {}, clock.now + 5) == 3000
     assert torch.equal(blocks["sink"][:3000], blocks["source"][96:3096])
     assert (sink.evidence().wire, sink.evidence().bytes_moved) == ("cma", 3000)
     assert source.evidence().wire == ""
     blocks["sink"].zero_()
     with pytest.raises(DeadlineError, match=r"not read: trainer\[0\]"):
-        sink.receive(2, 0, {}, time.monotonic() + 0.025)
+        sink.receive(2, 0, {}, clock.now + 0.025)
     arrived = blocks["sink"].clone()
     assert 0 < int((arrived != 0).sum()) < 3000
     time.sleep(0.03)
@@ -66,6 +69,18 @@ def test_transport_reads_another_process_also_while_it_is_stopped() -> None:
         sink.receive(2, 0, {}, time.monotonic() + 5)
 
 
+class Clock:
+    """A `time` of which none passes but while somebody sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class _Source:
     """The source's end, in a process of its own."""
 
@@ -83,8 +98,7 @@ def test_transport_names_a_peer_that_is_gone() -> None:
     sink.connect({"trainer[0]": packed(here)}, [copy])
     with pytest.raises(TransportError, match="begin a new one"):
         sink.receive(1, 0, {}, time.monotonic() + 5)  # nothing is mapped at 4096
-    child.kill()
-    time.sleep(0.02)
+    send(child.pid, signal.SIGKILL)
     with pytest.raises(PeerLostError) as error:  # a zombie: it has a pid and a start, and no memory
         sink.receive(1, 0, {}, time.monotonic() + 5)
     assert error.value.where["peer"] == "trainer[0]"

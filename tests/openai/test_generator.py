@@ -15,7 +15,7 @@ from rlbridge.errors import ConfigError, DataError, DeadlineError, PeerLostError
 from rlbridge.roles.batch import Completion, Sampling, pad_sequences
 from rlbridge.sync.messages import answer
 from tests.openai.server_process import generator_of
-from tests.openai.stand_in import FACTS, StandIn, after, completion, first
+from tests.openai.stand_in import FACTS, Answer, Request, StandIn, after, completion, first
 
 PROMPTS = [[5, 9, 12], [7], [4, 30], [20, 21, 22, 23]]
 SAMPLING = Sampling(max_tokens=3)
@@ -237,14 +237,23 @@ def test_what_a_server_refuses_is_not_repeated(server: StandIn) -> None:
 
 
 def test_an_abort_ends_what_has_not_begun_and_what_the_server_answers_with_an_error(server: StandIn) -> None:
-    server.routes[PATH] = after(0.4, (500, {"error": "Did not output logprobs"}))
+    aborted = threading.Event()
+
+    def answer(_: Request) -> Answer:
+        aborted.wait(30)
+        return 500, {"error": "Did not output logprobs"}
+
+    server.routes[PATH] = answer
     generator = generator_of(server.url, concurrency=2, retry_seconds=20.0)
     found: list[Completion] = []
     thread = threading.Thread(target=lambda: found.extend(generator.generate([[5]] * 6, SAMPLING)))
     thread.start()
-    time.sleep(0.2)
+    limit = time.monotonic() + 30
+    while len(server.of(PATH)) < 2 and time.monotonic() < limit:
+        time.sleep(0.01)
     generator.pause("abort")
-    thread.join(5)
+    aborted.set()
+    thread.join(30)
     assert found == [Completion([], [], [], "abort")] * 6
     assert len(server.of(PATH)) == 2
 

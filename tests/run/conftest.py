@@ -27,7 +27,7 @@ BASE = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     """A cluster with room for eight actors."""
     import ray

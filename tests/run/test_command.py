@@ -15,7 +15,7 @@ from tests.run.test_bad_input import CONFIG
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def run_rlbridge(directory: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -84,6 +85,13 @@ class Stage:
     def session_with(self, transport: dict[str, Any] | None = None, **options: Any) -> SyncSession:
         spec = TransportSpec("nixl", self._transport | (transport or {}))
         return SyncSession(self.trainers, self.engines, spec, SyncOptions(**self._options | options))
+
+    @contextmanager
+    def with_options(self, **options: Any) -> Iterator[None]:
+        """The steps within have these options of a session: a deadline that is to run out is for nothing else."""
+        usual, self.session.options = self.session.options, self.session_with(**options).options
+        yield
+        self.session.options = usual
 
     def new_trainer(self, rank: int) -> ProcessParty:
         return self._new(f"trainer[{rank}]", functools.partial(self._source, rank))

@@ -11,7 +11,7 @@ from rlbridge.roles.batch import Completion, Sampling
 from rlbridge.roles.generator import PauseMode
 from rlbridge.sync.messages import Installed, Nothing, State, Update
 from rlbridge_conformance.toy import ToyEngine, ToyGenerator
-from tests.sync.stage import Stage, ask
+from tests.sync.stage import Stage, ask, eventually
 
 Make = Callable[..., Stage]
 
@@ -89,12 +89,17 @@ def test_an_install_drops_the_caches_and_refreshes_what_is_derived_and_tied(make
 
 
 def test_an_engine_that_is_busy_for_too_long_keeps_its_version(make_stage: Make) -> None:
-    stage = make_stage(deadline_seconds=0.5)
+    stage = make_stage()
     engine = stage.engines[0]
     stage.sync(1)
-    generating = engine.begin("apply", busy_for, 1.5)
-    with pytest.raises(DeadlineError, match=r"was busy for 0\.5 s: nothing was installed") as caught:
-        stage.sync(2)
+    pulled(stage, 2)
+    generating = engine.begin("apply", busy_for, 3.0)
+    assert eventually(lambda: engine.do("apply", is_busy))
+    with (
+        stage.with_options(deadline_seconds=0.5),
+        pytest.raises(DeadlineError, match=r"was busy for 0\.5 s: nothing was installed") as caught,
+    ):
+        stage.session.install(2)
     assert caught.value.where["phase"] == "install"
     generating.result(10)
     assert stage.serve(1)
@@ -105,11 +110,11 @@ def test_an_engine_that_is_busy_for_too_long_keeps_its_version(make_stage: Make)
 def test_an_update_waits_for_what_is_being_generated(make_stage: Make) -> None:
     stage = make_stage()
     stage.sync(1)
-    generating = stage.engines[0].begin("apply", busy_for, 0.5)
+    generating = stage.engines[0].begin("apply", busy_for, 3.0)
     report = stage.sync(2)
     generating.result(10)
     assert stage.serve(2)
-    assert report.phases["pause"] < 0.4  # the wait is no pause: the engine generates meanwhile
+    assert report.phases["pause"] < 2.5  # the wait is no pause: the engine generates meanwhile
 
 
 def test_an_update_that_holds_requests_does_not_wait_for_their_end(make_stage: Make) -> None:
@@ -117,9 +122,8 @@ def test_an_update_that_holds_requests_does_not_wait_for_their_end(make_stage: M
     stage.sync(1)
     stage.engines[0].do("apply", speak_slowly)
     generating = stage.engines[0].begin("apply", spoken_versions)
-    time.sleep(0.3)
+    assert eventually(lambda: stage.engines[0].do("apply", has_spoken))
     stage.sync(2)
-    assert not generating.done()
     assert sorted(set(generating.result(10))) == [1, 2]
 
 
@@ -128,11 +132,11 @@ def test_an_update_that_aborts_requests_leaves_them_their_tokens(make_stage: Mak
     stage.sync(1)
     stage.engines[0].do("apply", speak_slowly)
     generating = stage.engines[0].begin("apply", spoken_versions)
-    time.sleep(0.3)
+    assert eventually(lambda: stage.engines[0].do("apply", has_spoken))
     stage.sync(2)
     versions = generating.result(10)
     assert set(versions) == {1}
-    assert len(versions) < WORDS
+    assert len(versions) < ENDLESS
     assert stage.serve(2)
 
 
@@ -142,7 +146,7 @@ def test_requests_that_an_update_held_end_when_it_fails(make_stage: Make) -> Non
     engine = stage.engines[0]
     engine.do("apply", speak_slowly)
     generating = engine.begin("apply", spoken_versions)
-    time.sleep(0.3)
+    assert eventually(lambda: engine.do("apply", has_spoken))
     engine.do("break_install", True)
     with pytest.raises(RlbridgeError, match="stopped half-way"):
         stage.sync(2)
@@ -155,11 +159,13 @@ def test_requests_that_an_update_held_end_when_it_fails(make_stage: Make) -> Non
 
 @pytest.mark.parametrize("pause", ["wait", "keep", "abort"])
 def test_no_update_comes_into_a_score(make_stage: Make, pause: str) -> None:
-    stage = make_stage(pause=pause, deadline_seconds=0.5)
+    stage = make_stage(pause=pause)
     stage.sync(1)
-    scoring = stage.engines[0].begin("apply", busy_for, 1.5, "score")
-    with pytest.raises(DeadlineError, match="was busy"):
-        stage.sync(2)
+    pulled(stage, 2)
+    scoring = stage.engines[0].begin("apply", busy_for, 3.0, "score")
+    assert eventually(lambda: stage.engines[0].do("apply", is_busy))
+    with stage.with_options(deadline_seconds=0.5), pytest.raises(DeadlineError, match="was busy"):
+        stage.session.install(2)
     scoring.result(10)
     assert stage.serve(1)
 
@@ -184,24 +190,29 @@ def busy_for(engine: ToyEngine, seconds: float, call: Literal["generate", "score
         time.sleep(seconds)
 
 
-WORDS = 200
+WORDS = 50
+ENDLESS = 4000
 
 
 class SlowGenerator(ToyGenerator):
-    """One that says `WORDS` words, one every 5 ms, and can be paused in every way."""
+    """One that says a word every 5 ms, `WORDS` of them after it has been paused, and can be paused in every way."""
 
     paused = ""
+    met = spoken = False
 
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         versions: list[int] = []
-        while len(versions) < WORDS and self.paused != "abort":
+        left = WORDS
+        while left and len(versions) < ENDLESS and self.paused != "abort":
             time.sleep(0.005)
             if not self.paused:
                 versions.append(self.version)
+                self.spoken = True
+                left -= self.met
         return [Completion([7] * len(versions), [0.0] * len(versions), versions, "length")]
 
     def pause(self, mode: PauseMode = "wait") -> None:
-        self.paused = mode
+        self.paused, self.met = mode, True
         time.sleep(0.02)
 
     def resume(self) -> None:
@@ -212,5 +223,20 @@ def speak_slowly(engine: ToyEngine) -> None:
     engine.generator.__class__ = SlowGenerator
 
 
+def has_spoken(engine: ToyEngine) -> bool:
+    return engine.generator.spoken  # type: ignore[attr-defined]
+
+
+def is_busy(engine: ToyEngine) -> bool:
+    return engine.engine._call is not None
+
+
+def pulled(stage: Stage, version: int) -> None:
+    """Bring a version as far as to the engines' arenas."""
+    stage.load(version)
+    stage.session.publish(version)
+    stage.session.pull(version)
+
+
 def spoken_versions(engine: ToyEngine) -> list[int]:
-    return engine.engine.generate([[1]], Sampling(max_tokens=WORDS))[0].versions
+    return engine.engine.generate([[1]], Sampling(max_tokens=ENDLESS))[0].versions

@@ -88,9 +88,9 @@ def test_a_version_is_published_once(make_stage: Make) -> None:
 
 
 def test_a_version_that_nobody_received_can_be_published_again(make_stage: Make) -> None:
-    stage = make_stage(2, deadline_seconds=0.5)
+    stage = make_stage(2)
     stage.sync(1)
-    with stopped(stage.trainers[1]), pytest.raises(DeadlineError):
+    with stage.with_options(deadline_seconds=0.5), stopped(stage.trainers[1]), pytest.raises(DeadlineError):
         stage.session.sync(2)
     stage.sync(2)
     assert stage.serve(2)
@@ -133,9 +133,9 @@ def test_calls_of_an_epoch_that_is_over_are_refused(make_stage: Make) -> None:
 
 
 def test_a_publish_that_a_stopped_trainer_answers_too_late_does_no_harm(make_stage: Make) -> None:
-    stage = make_stage(2, deadline_seconds=0.5)
+    stage = make_stage(2)
     stage.sync(1)
-    with stopped(stage.trainers[0]), pytest.raises(DeadlineError) as caught:
+    with stage.with_options(deadline_seconds=0.5), stopped(stage.trainers[0]), pytest.raises(DeadlineError) as caught:
         stage.session.sync(2)
     assert caught.value.where["phase"] == "snapshot"
     for version in (4, 5, 6):
@@ -161,8 +161,10 @@ def test_barrier_lets_nobody_train_before_all_have_the_version(make_stage: Make)
 
 def test_barrier_does_not_install_what_training_may_have_changed(make_stage: Make) -> None:
     """The lease runs out, training goes on, and the bytes and the digests are those of the next step: they agree."""
-    stage = make_stage(publish="barrier", lease_seconds=0.2)
+    stage = make_stage(publish="barrier")
     stage.sync(1)
+    stage.session = stage.session_with(lease_seconds=0.2)
+    stage.session.attach()
     stage.load(2)
     stage.session.publish(2)
     time.sleep(0.3)

@@ -13,7 +13,7 @@ from pathlib import Path
 from rlbridge.machine import has_rdma_device
 from rlbridge_conformance.faults import SuiteError, mounts, network
 
-_TIMEOUT = 30.0
+_TIMEOUT = 120.0
 
 
 @functools.cache

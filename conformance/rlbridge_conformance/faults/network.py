@@ -32,7 +32,7 @@ INTERFACE = "wire0"
 
 _NETNS = Path("/run/netns")
 _OURS = re.compile(r"rlb-(\d+)-\d+[ab]")  # the process that made it, the number of the link, the end
-_TIMEOUT = 10.0
+_TIMEOUT = 60.0
 _BURST = 256 * 1024  # the offloads hand the queue packets of up to 64 KiB
 _LARGEST = 65535  # bytes in a packet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -32,11 +33,10 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def _states(pid: int) -> list[str]:
-    """Of the threads that are left."""
+    """Of the threads that are left: none of a process that is gone."""
     found = []
-    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        try:
-            found.append(stat.read_text().rpartition(")")[2].split()[0])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.append(Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()[0])
     return found

@@ -11,7 +11,18 @@ import pytest
 
 from rlbridge.errors import DigestError, RlbridgeError
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
-from rlbridge_conformance.disturbed import LIMIT_SECONDS, attempt, has_ranks_inside, named, recovers, serving, short, whole
+from rlbridge_conformance.disturbed import (
+    LIMIT_SECONDS,
+    PATIENCE,
+    attempt,
+    has_ranks_inside,
+    named,
+    recovers,
+    serving,
+    short,
+    too_short,
+    whole,
+)
 from rlbridge_conformance.faults.signals import send
 from rlbridge_conformance.faults.tripwire import Deaf, Moment, Tripwire, in_place_of
 from rlbridge_conformance.probes import flip_staged, pulling, staged_digests, subscribed, unsettled
@@ -53,7 +64,10 @@ def _matrix() -> list[Any]:
 def test_a_process_is_lost(stages: Stages, victim: str, phase: str, moment: Moment, how: str) -> None:
     """Killed or stopped, at every moment of a sync."""
     alone = {"ranks": 2, "engines": 1, "generator": {"tp": 2, "rank_processes": True}}
-    _lose(stages(**alone) if victim == "rank" else _crowd(stages), VICTIMS[victim], phase, moment, how)
+    for patience in PATIENCE:
+        stage = stages(**alone) if victim == "rank" else _crowd(stages)
+        if _lose(stage, VICTIMS[victim], phase, moment, how, patience):
+            return
 
 
 def _crowd(stages: Stages) -> Stage:
@@ -63,7 +77,8 @@ def _crowd(stages: Stages) -> Stage:
     )
 
 
-def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str) -> None:
+def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str, patience: float) -> bool:
+    """One case; whether it has shown anything."""
     old = serving(stage)
     stage.train()
     new, state = stage.saved(), stage.directory / f"state-{stage.version}"
@@ -74,10 +89,11 @@ def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str) -> None
     wire = Tripwire(stage.member(whose).party, method, moment, lambda: send(pid, SIGNALS[how]), _half(stage, phase))
     if phase in ("plan", "register", "connect"):
         stage.session.replace(stage.trainers[0].party)  # by itself: the sync begins a new epoch
-    error = _disturbed(stage, wire)
-    if error is not None:
+    error = _disturbed(stage, wire, patience)
+    shown = not too_short(error, owner, patience)
+    if error is not None and shown:
         named(error, owner)
-    elif not wire.tripped.wait(5):
+    elif shown and not wire.tripped.wait(5):
         raise Mismatch(f"the sync calls {method} of {whose}", "a call", "none")
     others = [m for m in stage.engines if m.name != owner]
     whole(stage, others, old, new)
@@ -88,6 +104,7 @@ def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str) -> None
         send(pid, signal.SIGCONT)
         whole(stage, stage.engines, old, new)
     recovers(stage)
+    return shown
 
 
 def _half(stage: Stage, phase: str) -> float:
@@ -97,9 +114,9 @@ def _half(stage: Stage, phase: str) -> float:
     return measured.get(phase, 0.002) / 2
 
 
-def _disturbed(stage: Stage, party: Tripwire | Deaf) -> RlbridgeError | None:
+def _disturbed(stage: Stage, party: Tripwire | Deaf, patience: float = PATIENCE[0]) -> RlbridgeError | None:
     """A sync with short deadlines through `party`: the error that it ends in, if it does."""
-    with short(stage), in_place_of(stage.session, party):
+    with short(stage, patience), in_place_of(stage.session, party):
         return attempt(stage.sync)
 
 
@@ -119,21 +136,30 @@ def _disturbed(stage: Stage, party: Tripwire | Deaf) -> RlbridgeError | None:
     ],
 )
 def test_a_message_is_lost(stages: Stages, name: str, method: str, lost: Any) -> None:
-    stage = _crowd(stages)
+    for patience in PATIENCE:
+        if _lose_message(_crowd(stages), name, method, lost, patience):
+            return
+
+
+def _lose_message(stage: Stage, name: str, method: str, lost: Any, patience: float) -> bool:
+    """One case; whether it has shown anything."""
     old = serving(stage)
     stage.train()
     new = stage.saved()
     if method in ("open", "connect"):
         stage.session.replace(stage.trainers[0].party)  # by itself: the sync begins a new epoch
-    error = _disturbed(stage, Deaf(stage.member(name).party, method, lost))
+    error = _disturbed(stage, Deaf(stage.member(name).party, method, lost), patience)
+    shown = not too_short(error, name, patience)
     if error is None:
         raise Mismatch(f"a sync whose {method} of {name} is lost ends in an error", "DeadlineError", "success")
-    named(error, name)
+    if shown:
+        named(error, name)
     whole(stage, stage.engines, old, new)
-    if method not in ("acknowledge", "update"):  # no engine was told that it has the version: it may be sent again
+    if shown and method not in ("acknowledge", "update"):  # no engine was told that it has the version: it may be sent again
         stage.session.sync(stage.version)
         stage.holds(new)
     recovers(stage)
+    return shown
 
 
 @check("faults", needs=["transport.plain_processes", "generator.ranks_inside"])

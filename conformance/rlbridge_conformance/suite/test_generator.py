@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import functools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -19,7 +20,7 @@ from rlbridge_conformance.checks import check, expect, holds
 from rlbridge_conformance.inside import move
 from rlbridge_conformance.members import errors_of
 from rlbridge_conformance.models import make_model
-from rlbridge_conformance.probes import Usage, usage
+from rlbridge_conformance.probes import no_growth, usage
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
 
@@ -221,7 +222,7 @@ def test_thirty_syncs_leave_nothing_behind(stages: Stages) -> None:
     for _ in range(30):
         stage.trainers[0].apply(move, "")
         stage.sync()
-    _no_growth(before, engine.apply(usage))
+    no_growth(engine.name, before, functools.partial(engine.apply, usage), "syncs", 30)
 
 
 @check("contract", "generator")
@@ -358,12 +359,3 @@ def _moved(stage: Stage, before: np.ndarray[Any, Any]) -> None:
 def _same(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any], why: str) -> None:
     apart = float(np.abs(before - after).max())
     holds(apart < _SAME, f"log-probs are the same after {why}", f"less than {_SAME:g} apart", f"{apart:.3g}")
-
-
-def _no_growth(before: Usage, after: Usage) -> None:
-    """Nothing grows with the number of syncs; what wobbles is allowed less than one unit for each of them."""
-    for name, slack in {"tensors": 4096, "shared": 0, "descriptors": 8, "threads": 4, "mappings": 25, "references": 15}.items():
-        was, now = getattr(before, name), getattr(after, name)
-        holds(now - was <= slack, f"{name} of the engine after 30 more syncs", f"{was}, give or take {slack}", now)
-    grown = (after.resident - before.resident) / 2**20
-    holds(grown < 32, "resident memory of the engine after 30 more syncs", "less than 32 MiB more", f"{grown:.1f} MiB more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,19 +157,24 @@ def test_pausing_twice_is_harmless(stages: Stages) -> None:
 def test_a_pause_that_waits_lets_requests_end(stages: Stages) -> None:
     stage = _synced(stages)
     (engine,) = stage.engines
-    full, seconds = _timed(stage)
-    begun = _begin(stage)
-    time.sleep(seconds / 3)
-    engine.apply(pause, "wait", seconds=_ANSWER_SECONDS)
-    try:
-        ended = _ended(begun, "requests end though nobody resumes")
-        expect("they end as without a pause", full, [c.token_ids for c in ended])
-        later = _begin(stage, tokens=2)
-        expect("no request begins in a pause", False, _settles(later, seconds))
-    finally:
-        engine.apply(resume, seconds=_ANSWER_SECONDS)
-    said = _ended(later, "a request that waited ends")
-    expect("it begins when the pause is over", [tokens[:2] for tokens in full], [c.token_ids for c in said])
+    for turn in range(_TRIES):
+        full, seconds = _timed(stage)
+        begun = _begin(stage)
+        time.sleep(seconds / (turn + 2))
+        met = not begun.done()
+        engine.apply(pause, "wait", seconds=_ANSWER_SECONDS)
+        try:
+            ended = _ended(begun, "requests end though nobody resumes")
+            expect("they end as without a pause", full, [c.token_ids for c in ended])
+            later = _begin(stage, tokens=2)
+            expect("no request begins in a pause", False, _settles(later, max(seconds, 0.5)))
+        finally:
+            engine.apply(resume, seconds=_ANSWER_SECONDS)
+        said = _ended(later, "a request that waited ends")
+        expect("it begins when the pause is over", [tokens[:2] for tokens in full], [c.token_ids for c in said])
+        if met:
+            return
+    raise Mismatch("a pause that waits meets requests", "a request that is under way", "none")
 
 
 @check("contract", "generator", needs=["generator.pause_abort"])
@@ -223,9 +229,12 @@ def test_held_requests_go_on_with_the_new_weights(stages: Stages) -> None:
 def test_generation_goes_on_while_bytes_arrive(stages: Stages) -> None:
     """Over a wire so slow that a call must end before the bytes are there."""
     stage = _synced(stages)
-    start = time.monotonic()
-    _text(stage)
-    wanted = max(6 * (time.monotonic() - start), 0.2)
+    spans = []
+    for _ in range(2):
+        start = time.monotonic()
+        _text(stage)
+        spans.append(time.monotonic() - start)
+    wanted = max(6 * min(spans), 0.2)
     assert stage.session.attached is not None
     reads = max(stage.session.attached.bytes // 4096, 1)
     for turn in range(4):
@@ -244,7 +253,8 @@ def _served_meanwhile(stage: Stage, wire: dict[str, Any], seconds: float) -> boo
     """
     options = stage.triple.validated("transport", wire)
     spec = TransportSpec(stage.triple.transport.name, options.model_dump(mode="json"))
-    session = SyncSession(stage.session.trainers, stage.session.engines, spec, stage.session.options)
+    unhurried = dataclasses.replace(stage.session.options, deadline_seconds=30 + 4 * seconds)
+    session = SyncSession(stage.session.trainers, stage.session.engines, spec, unhurried)
     stage.train()
     stage.version += 1
     session.sync(stage.version)
@@ -329,10 +339,13 @@ def _text(stage: Stage, **sampling: Any) -> list[list[int]]:
 
 
 def _timed(stage: Stage, temperature: float = 0.0) -> tuple[list[list[int]], float]:
-    """The whole text of what `_begin` begins, and the seconds that it takes."""
-    start = time.monotonic()
-    text = [c.token_ids for c in _ended(_begin(stage, temperature), "a call of generate ends")]
-    return text, time.monotonic() - start
+    """The whole text of what `_begin` begins, and the seconds that it takes when nothing is in its way."""
+    spans = []
+    for _ in range(2):
+        start = time.monotonic()
+        text = [c.token_ids for c in _ended(_begin(stage, temperature), "a call of generate ends")]
+        spans.append(time.monotonic() - start)
+    return text, min(spans)
 
 
 def _begin(stage: Stage, temperature: float = 0.0, *, tokens: int = _TOKENS) -> Future[bytes]:

@@ -23,8 +23,8 @@ from rlbridge_conformance.stage import Stage
 _NETWORK = {"needs": ["transport.cross_host", "transport.plain_processes"], "machine": ["network_namespaces", "tun"]}
 
 _BULK_MIB = 16
-_ENOUGH_MBIT = 100.0
-"""So narrow that the bulk takes more than a second: there is a middle to fail in."""
+_ENOUGH_MBIT = 50.0
+"""So narrow that the bulk takes more than two seconds: there is a middle to fail in."""
 
 _SLOW_MBIT = 2.0
 """So narrow that the bulk would take a minute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from rlbridge.sync.calls import Party
 from rlbridge.weights.layout import Layout, Region
 from rlbridge_conformance.checks import Mismatch, check, expect, holds
 from rlbridge_conformance.oracle import read_checkpoint
-from rlbridge_conformance.probes import usage
+from rlbridge_conformance.probes import no_growth, usage
 from rlbridge_conformance.run import Stages
 from rlbridge_conformance.stage import Stage
 from rlbridge_conformance.suite.trainer_stages import (
@@ -170,13 +171,8 @@ def test_thirty_versions_leave_nothing_in_a_trainer(stages: Stages) -> None:
     before = [trainer.apply(usage) for trainer in stage.trainers]
     for _ in range(30):
         stage.sync()
-    # What wobbles is allowed less than one unit for each version.
-    slacks = {"tensors": 4096, "shared": 0, "descriptors": 8, "threads": 4, "mappings": 25, "resident": 32 * 2**20}
     for trainer, was in zip(stage.trainers, before, strict=True):
-        now = trainer.apply(usage)
-        for name, slack in slacks.items():
-            old, new = getattr(was, name), getattr(now, name)
-            holds(new - old <= slack, f"{trainer.name}: {name} after 30 more versions", f"{old}, give or take {slack}", new)
+        no_growth(trainer.name, was, functools.partial(trainer.apply, usage), "versions", 30)
 
 
 @check("contract", "trainer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -316,7 +317,7 @@ def test_twenty_epochs_leave_nothing_behind(stages: Stages) -> None:
         _epoch(stage)
     kept = 20 * stages.triple.claims("transport").descriptors_an_epoch * max(len(stage.trainers), len(stage.engines))
     for member, was in zip(members, before, strict=True):
-        no_growth(member.name, was, member.apply(usage), "epochs", 20, descriptors=kept)
+        no_growth(member.name, was, functools.partial(member.apply, usage), "epochs", 20, descriptors=kept)
 
 
 @check("contract", "transport")

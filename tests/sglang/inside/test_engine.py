@@ -164,7 +164,7 @@ def test_a_pause_that_aborts_ends_requests_with_what_they_have(bridge: Bridge) -
     whole = say(bridge, LONG, max_tokens=200)
     with ThreadPoolExecutor(1) as pool:
         begun = pool.submit(say, bridge, LONG, max_tokens=200)
-        time.sleep(0.1)
+        until_it_runs(bridge)
         bridge.generator.pause("abort")
         try:
             ended = begun.result(20)
@@ -180,10 +180,9 @@ def test_a_pause_that_waits_lets_calls_end_and_none_begin(bridge: Bridge) -> Non
     whole = say(bridge, LONG, max_tokens=100)
     with ThreadPoolExecutor(2) as pool:
         begun = pool.submit(say, bridge, LONG, max_tokens=100)
-        time.sleep(0.05)
+        until_it_runs(bridge)
         bridge.generator.pause("wait")
-        assert begun.done()
-        assert begun.result() == whole
+        assert begun.result(20) == whole  # though nobody has resumed
         later = pool.submit(say, bridge, LONG, max_tokens=2)
         time.sleep(0.3)
         assert not later.done()
@@ -281,6 +280,13 @@ def test_a_call_waits_for_the_end_of_a_pause_no_longer_than_it_may(bridge: Bridg
 def say(bridge: Bridge, prompts: list[list[int]], **sampling: Any) -> list[Completion]:
     """Completions, greedy unless `sampling` says otherwise."""
     return bridge.generator.generate(prompts, Sampling(**{"max_tokens": 12, "temperature": 0.0, **sampling}))
+
+
+def until_it_runs(bridge: Bridge) -> None:
+    """Until a call of `say` has begun, and a little longer."""
+    while not bridge.generator._running:
+        time.sleep(0.005)
+    time.sleep(0.05)
 
 
 def load(bridge: Bridge, tensors: dict[str, Any]) -> None:
