@@ -8,7 +8,7 @@ import msgspec
 
 from rlbridge.errors import RlbridgeError
 from rlbridge.roles.generator import PauseMode
-from rlbridge.sync.messages import Nothing, pack, result
+from rlbridge.sync.messages import Nothing, longest_wait, pack, result
 from rlbridge_openai.client import Client, Reply
 from rlbridge_openai.messages import ROUTE, Facts, Open, Opened
 
@@ -48,7 +48,7 @@ class ServerControl:
 
     def ranks(self, method: str, payload: bytes) -> list[bytes]:
         """`Subscriber.handle` in every rank."""
-        return self._call(f"ranks/{method}", list[bytes], content=payload)
+        return self._call(f"ranks/{method}", list[bytes], content=payload, besides=longest_wait(method, payload))
 
     def pause(self, mode: PauseMode) -> None:
         """Stop making tokens."""
@@ -70,10 +70,11 @@ class ServerControl:
         """Let a vLLM score prompts at that temperature; None: no more."""
         self._call("score_at", Nothing, temperature="" if temperature is None else repr(temperature))
 
-    def _call(self, call: str, kind: type[T], *, content: bytes = b"", **query: str) -> T:
+    def _call(self, call: str, kind: type[T], *, content: bytes = b"", besides: float = 0.0, **query: str) -> T:
         params = {"seconds": repr(self._seconds), **query}
         path = f"{ROUTE}/{call}"
-        reply = self._client.ask("POST", path, self._seconds + _SLACK_SECONDS, content=content, params=params, repeat=False)
+        seconds = self._seconds + besides + _SLACK_SECONDS
+        reply = self._client.ask("POST", path, seconds, content=content, params=params, repeat=False)
         return self._result(reply, kind, call)
 
     def _result(self, reply: Reply, kind: type[T], call: str) -> T:

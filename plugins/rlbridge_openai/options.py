@@ -6,6 +6,7 @@ from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlbridge.roles.generator import GeneratorOptions
 
@@ -85,10 +86,15 @@ class OpenAIGeneratorOptions(GeneratorOptions):
 
 def _cleaned(url: str) -> str:
     parts = urlsplit(url)
-    if parts.username or parts.password:  # and the url is not told: it may be shown in a report
-        raise ValueError("url holds a user or a password; keys belong into the variable that api_key_variable names")
+    if parts.username or parts.password:
+        raise _refused("url holds a user or a password; keys belong into the variable that api_key_variable names")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is no http:// or https:// address")
     if parts.query or parts.fragment:
-        raise ValueError(f"{parts.scheme}://{parts.netloc} is given with a query or a fragment: leave them out")
+        raise _refused(f"{parts.scheme}://{parts.netloc} is given with a query or a fragment: leave them out")
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/v1")
+
+
+def _refused(message: str) -> PydanticCustomError:
+    """An error that is told without the url, which may hold a key."""
+    return PydanticCustomError("rlbridge", "{message}", {"message": message})

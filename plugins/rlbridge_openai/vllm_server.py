@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from rlbridge.errors import DeadlineError, SyncError
-from rlbridge.sync.messages import ASIDE, Nothing, pack, unpack
+from rlbridge.sync.messages import ASIDE, Nothing, longest_wait, pack, unpack
 from rlbridge_openai.messages import Facts, Open, Opened
 from rlbridge_openai.routes import App, Message, Receive, Send, Session, add_routes, naming
 
@@ -76,7 +76,7 @@ class _Calls:
                 await engine.update_weight_version(query["version"])
             case "score_at":
                 temperature = float(query["temperature"]) if query.get("temperature") else None
-                await engine.collective_rpc("rlbridge_score_at", timeout=seconds, args=(temperature,))
+                await _asked(engine, "rlbridge_score_at", seconds, temperature)
             case other:
                 raise SyncError(f"the server has no call {other!r}: is its rlbridge another version?", role="generator")
         return Nothing()
@@ -84,18 +84,20 @@ class _Calls:
     async def _open(self, engine: Any, message: Open, seconds: float) -> list[bytes]:
         """Subscribers of their own for who comes.
 
-        What the last run has left is ended: its pause and its epoch. Its weights go, too: how a rank takes weights is found
-        out by comparing its parameters with the checkpoint that they were loaded from.
+        What the last run has left is ended: its requests, its pause and its epoch. Its weights go, too: how a rank takes
+        weights is found out by comparing its parameters with the checkpoint that they were loaded from.
         """
+        if self._opened:
+            await asyncio.wait_for(engine.engine_core.pause_scheduler_async(mode="abort", clear_cache=False), seconds)
         if await engine.is_paused():
             await engine.resume_generation()
         if self._opened:
             await self._ranks(engine, "close", pack([pack(Nothing())]), seconds)
-            await engine.collective_rpc("rlbridge_score_at", timeout=seconds, args=(None,))
-            await engine.collective_rpc("reload_weights", timeout=seconds)
+            await _asked(engine, "rlbridge_score_at", seconds, None)
+            await _asked(engine, "reload_weights", seconds)
             await self._drop_caches(engine)
-        arguments = (message.engine, message.install, engine.vllm_config.model_config.model)
-        replies: list[bytes] = await engine.collective_rpc("rlbridge_open", timeout=seconds, args=arguments)
+        path = engine.vllm_config.model_config.model
+        replies = await _asked(engine, "rlbridge_open", seconds, message.engine, message.install, path)
         self._opened = True
         await engine.update_weight_version("0")
         return replies
@@ -105,11 +107,13 @@ class _Calls:
         return bool(await engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True))
 
     async def _pause(self, engine: Any, mode: str, seconds: float) -> Nothing:
+        session = self._session.name
         try:
             # Not `pause_generation`: from vLLM 0.33 on that refuses the requests that come meanwhile.
             await asyncio.wait_for(engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False), seconds)
         except TimeoutError:
-            await engine.resume_generation()
+            if self._session.name == session:  # else it would end the pause of who came meanwhile
+                await engine.resume_generation()
             raise DeadlineError(
                 f"requests still ran {seconds:g} s after the pause ({mode}) had begun: the server goes on",
                 role="generator",
@@ -120,22 +124,39 @@ class _Calls:
     async def _ranks(self, engine: Any, method: str, payload: bytes, seconds: float) -> list[bytes]:
         """`Subscriber.handle` in every rank: between two steps of the engine, or beside them."""
         if method not in ASIDE:
-            found: list[bytes] = await engine.collective_rpc("rlbridge_handle", timeout=seconds, args=(method, payload))
-            return found
+            return await _asked(engine, "rlbridge_handle", seconds, method, payload)
+        seconds += longest_wait(method, payload)
         ticket, limit = secrets.randbits(62), time.monotonic() + seconds
         over, self._over = self._over, []
-        await engine.collective_rpc("rlbridge_begin", timeout=seconds, args=(ticket, method, payload, over))
+        await _asked(engine, "rlbridge_begin", seconds, ticket, method, payload, over)
         try:
             wait, longest = _POLL_SECONDS
             while time.monotonic() < limit:
                 await asyncio.sleep(wait)
                 wait = min(wait * 1.5, longest)
-                answers = await engine.collective_rpc("rlbridge_poll", timeout=seconds, args=(ticket,))
+                answers = await _asked(engine, "rlbridge_poll", seconds, ticket)
                 if None not in answers:
                     return list(answers)
         finally:
             self._over.append(ticket)
         raise DeadlineError(f"a rank did not answer {method!r} within {seconds:g} s", role="generator", phase=method)
+
+
+async def _asked(engine: Any, method: str, seconds: float, *args: object) -> list[Any]:
+    """What a method of the worker extension returns on each rank.
+
+    Without vLLM's own timeout: after one, the next call would read the late answers of this one.
+    """
+    try:
+        found: list[Any] = await asyncio.wait_for(engine.collective_rpc(method, args=args), seconds)
+    except TimeoutError:
+        raise DeadlineError(
+            f"the ranks did not answer {method!r} within {seconds:g} s",
+            role="generator",
+            phase=method,
+            todo="is the server overloaded? the limit is generator.answer_seconds",
+        ) from None
+    return found
 
 
 def _facts(state: Any) -> Facts:

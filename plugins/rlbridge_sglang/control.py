@@ -145,7 +145,10 @@ class Control:
     def _checked(self, what: str, answer: tuple[bool, str]) -> None:
         success, message = answer
         if not success:
-            raise SyncError(f"SGLang refused {what}: {message}", role="generator", rank=self._loop.name, phase="install")
+            todo = "the engine stays dirty until the next sync; if that is refused, too, begin the engine anew"
+            raise SyncError(
+                f"SGLang refused {what}: {message}", role="generator", rank=self._loop.name, phase="install", todo=todo
+            )
 
     def _do(self, what: str, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         seconds = self._seconds if self.limit is None else min(self._seconds, max(self.limit - time.monotonic(), 0.0))

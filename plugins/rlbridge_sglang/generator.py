@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -110,17 +111,23 @@ class SglangGenerator(Generator[SglangGeneratorOptions]):
         when they go on. Its own pause in place would keep keys and values of the old weights.
 
         Raises:
-            DeadlineError: requests still ran after `options.pause_seconds`.
+            DeadlineError: requests still ran after `options.pause_seconds`: the engine goes on then.
         """
         with self._turn:
-            self._paused = mode
-        if mode == "wait":
-            if self._running:  # they may be held by a pause before this one
-                self._control.let_go()
-            self._until_ended(lambda: None)
-        elif mode == "abort":
-            self._until_ended(self._control.abort)
-        self._control.hold()
+            before, self._paused = self._paused, mode
+        try:
+            if mode == "wait":
+                if self._running:  # they may be held by a pause before this one
+                    self._control.let_go()
+                self._until_ended(lambda: None)
+            elif mode == "abort":
+                self._until_ended(self._control.abort)
+            self._control.hold()
+        except RlbridgeError:
+            if before is None:
+                with contextlib.suppress(RlbridgeError):  # the first error is the one to tell
+                    self.resume()
+            raise
 
     def resume(self) -> None:
         """Requests that were held go on, and calls that waited begin: with the version that the core has set."""
@@ -192,5 +199,5 @@ class SglangGenerator(Generator[SglangGeneratorOptions]):
             f"the engine is paused ({self._paused}), and {what} within {self._options.pause_seconds:g} s",
             role="generator",
             rank=f"generator[{self._context.engine}]",
-            todo="call resume, or let generator.pause_seconds be longer",
+            todo="a pause ends with the update that it is for; let generator.pause_seconds be longer",
         )

@@ -60,10 +60,10 @@ _FIXED = (
 
 _WHY = {
     **RESERVED,
-    "lora_paths": RESERVED["enable_lora"],
     "admin_api_key": "whoever has the other key could change the weights; there is one key, --api-key",
     **dict.fromkeys(("grpc_mode", "smg_grpc_mode", "encoder_only"), "it is a server of HTTP that generates"),
 }
+
 _LOOK_SECONDS = 0.01
 
 

@@ -222,6 +222,8 @@ class Launch:
             role="generator",
             rank=f"generator[{self._context.engine}]",
             phase="start",
+            todo="does this SGLang know the architecture of its config.json, and is there memory for it? look at"
+            " generator.engine_args, too",
         )
 
     def _gone(self, rank: int) -> RlbridgeError:

@@ -37,7 +37,7 @@ RESERVED = {
     "tokenizer_worker_num": _ONE_MODEL,
     "speculative_algorithm": "a draft model would keep the weights that it was loaded with",
     "disaggregation_mode": "an engine reads its prompts and answers them itself",
-    "enable_lora": "a sync writes the model's own weights",
+    **dict.fromkeys(("enable_lora", "lora_paths"), "a sync writes the model's own weights"),
     "enable_eplb": "experts would move away from where a sync writes them",
     "hicache_storage_backend": "what it keeps of the old weights' keys and values would be read with the new ones",
     "enable_lmcache": "what it keeps of the old weights' keys and values would be read with the new ones",

@@ -7,10 +7,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-import msgspec
-
 from rlbridge.errors import SyncError
-from rlbridge.sync.messages import Wait, unpack
+from rlbridge.sync.messages import longest_wait
 from rlbridge_sglang.channel import Call, RankClient
 from rlbridge_sglang.taken import checked
 
@@ -58,7 +56,7 @@ class Ranks:
             PeerLostError: a rank is gone; it is named.
             DeadlineError: a rank did not answer in time; it is named.
         """
-        seconds = self._seconds + (_longest_wait(payload) if method == "wait_pull" else 0.0)
+        seconds = self._seconds + longest_wait(method, payload)
         with contextlib.ExitStack() as stack:
             call = Call(method, payload)
             answers = [stack.enter_context(client.calling(call, seconds)) for client in self._clients]
@@ -83,8 +81,3 @@ class Ranks:
             except AssertionError as error:  # how SGLang tells that a rank has raised
                 raise SyncError(f"the engine did not run {method!r}: {error}", role="generator", phase=method) from error
             return [answer() for answer in answers]
-
-
-def _longest_wait(payload: bytes) -> float:
-    waits = [unpack(message, Wait) for message in msgspec.msgpack.decode(payload, type=list[bytes])]
-    return max((wait.seconds for wait in waits), default=0.0)

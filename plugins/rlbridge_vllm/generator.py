@@ -15,7 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rlbridge.errors import ConfigError, DeadlineError, ModelError, PeerLostError, RlbridgeError, SyncError
 from rlbridge.roles.batch import Completion, Sampling, Sequences
 from rlbridge.roles.generator import Generator, GeneratorContext, PauseMode
-from rlbridge.sync.messages import ASIDE, result
+from rlbridge.sync.messages import ASIDE, longest_wait, result
 from rlbridge_vllm import requests
 from rlbridge_vllm.arguments import engine_arguments, set_variables
 from rlbridge_vllm.async_serving import AsyncServing
@@ -52,15 +52,15 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         self._tickets, self._over = itertools.count(), list[int]()
         self._path, self._version = context.model_path, 0
         check_directory(self._path)
-        self._stop_ids = stop_ids(self._path)
+        self._stop_ids = stop_ids(self._path, trust_remote_code=context.trust_remote_code)
         self._log_memory: int | None = os.memfd_create("rlbridge-vllm-log")  # nothing of it is left, however this process ends
         self._log = f"/proc/{os.getpid()}/fd/{self._log_memory}"
         self._watch: Watch | None = None
         self._serving: Serving | None = None
         try:
             self._serving = self._start(context, options)
-            self._open_ranks(self._serving)
-            self._serving.set_version(0, options.answer_seconds)
+            self._guarded("the opening of the ranks", lambda: self._open_ranks(self._engine))
+            self.version = 0
         except BaseException:
             self.close()
             raise
@@ -179,7 +179,8 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
         except TypeError as error:
             raise ConfigError(f"vLLM: {error}", role="generator", todo="look at generator.engine_args") from error
         except Exception as error:
-            raise ModelError(f"vLLM does not take the model {self._path}: {error}", role="generator") from error
+            todo = "does this vLLM know the architecture of its config.json? look at generator.engine_args, too"
+            raise ModelError(f"vLLM does not take the model {self._path}: {error}", role="generator", todo=todo) from error
         if config.use_v2_model_runner:
             raise ConfigError(
                 "vLLM runs this with its second model runner, which has neither rlbridge's log-probs nor its scores",
@@ -194,6 +195,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
                 f"vLLM could not load {self._path}: {type(error).__name__}: {error}{self._last_words()}",
                 role="generator",
                 rank=self._name,
+                todo="are its files whole, and is there memory for it (generator.gpu_memory_utilization, kv_cache_gib)?",
             ) from error
 
     def _open_ranks(self, serving: Serving) -> None:
@@ -212,7 +214,7 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
     def _aside(self, method: str, payload: bytes) -> list[bytes]:
         """Begin a call on every rank, and look for the answers between steps: the engine is held up for no longer."""
         ticket = next(self._tickets)
-        limit = time.monotonic() + self._options.answer_seconds
+        limit = time.monotonic() + self._options.answer_seconds + longest_wait(method, payload)
         over, self._over = self._over, []
         self._rpc("rlbridge_begin", ticket, method, payload, over)
         try:
@@ -247,13 +249,16 @@ class VllmGenerator(Generator[VllmGeneratorOptions]):
             if self._watch is not None and (self._watch.lost() or self._watch.wait_for_the_end(0.2)):
                 self._lost(error)
             raise SyncError(
-                f"vLLM failed in {what}: {type(error).__name__}: {error}", role="generator", rank=self._name
+                f"vLLM failed in {what}: {type(error).__name__}: {error}",
+                role="generator",
+                rank=self._name,
+                todo="after a failed update it refuses to serve until the next sync; if that fails too, begin it anew",
             ) from error
 
     def _lost(self, error: Exception) -> NoReturn:
-        assert self._watch is not None
         limit = time.monotonic() + _LOST_SECONDS
-        while not (lost := self._watch.lost()) and time.monotonic() < limit:
+        lost: list[str] = []
+        while self._watch is not None and not (lost := self._watch.lost()) and time.monotonic() < limit:
             time.sleep(0.01)
         who = lost[0] if lost else self._name
         raise PeerLostError(

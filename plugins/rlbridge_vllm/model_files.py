@@ -10,22 +10,21 @@ import torch
 from rlbridge.errors import LayoutError, ModelError
 from rlbridge.weights.model_files import checkpoint_of
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-
 
 def check_directory(path: str) -> None:
     """Refuse a directory that no engine could load. What is no directory may be a name on the Hugging Face hub.
 
     Raises:
-        ModelError: it has no configuration, or no weights.
+        ModelError: it has no configuration, or no safetensors files.
     """
     directory = Path(path)
     if not directory.exists():
         return
     if not (directory / "config.json").is_file():
         raise ModelError(f"{path} holds no model: it has no config.json", role="generator")
-    if not any(next(directory.glob(pattern), None) for pattern in _WEIGHTS):
-        raise ModelError(f"{path} holds no model: it has no weights", role="generator")
+    if next(directory.glob("*.safetensors"), None) is None:
+        todo = "updates are compared with them; transformers' save_pretrained writes them"
+        raise ModelError(f"{path} has no weights as safetensors files", role="generator", todo=todo)
 
 
 def has_tokenizer(path: str) -> bool:
@@ -33,14 +32,14 @@ def has_tokenizer(path: str) -> bool:
     return not Path(path).exists() or next(Path(path).glob("tokenizer*"), None) is not None
 
 
-def stop_ids(path: str) -> set[int]:
+def stop_ids(path: str, *, trust_remote_code: bool = False) -> set[int]:
     """The model's own end-of-sequence tokens, as transformers reads them."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
         found = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
-        found = getattr(AutoConfig.from_pretrained(path), "eos_token_id", None)
+        found = getattr(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), "eos_token_id", None)
     return set(found) if isinstance(found, list) else {found} - {None}
 
 

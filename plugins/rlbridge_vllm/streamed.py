@@ -23,6 +23,7 @@ from rlbridge.weights.model_files import Checkpoint
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 _SCRAMBLED = 7
+_PLAIN = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass
@@ -86,6 +87,7 @@ class StreamedSink(WeightSink):
     def __init__(self, worker: Any, checkpoint: Checkpoint) -> None:
         self._worker, self._checkpoint = worker, checkpoint
         self._dtype: torch.dtype = worker.model_config.dtype
+        self._wide = self._kept_wide()
         self._tensors: list[TensorMeta] = []
         self._boxes: list[tuple[str, Region]] = []
         self._given: Sequence[torch.Tensor] | None = None
@@ -99,7 +101,7 @@ class StreamedSink(WeightSink):
             raise LayoutError("the trainer does not publish this tensor of the engine's model", tensor=min(missing))
         if surplus := names - wanted - aliases:
             raise LayoutError("the engine's model has no such tensor", tensor=min(surplus))
-        self._tensors = [TensorMeta(t.name, t.shape, self._served(t.dtype), t.alias_of) for t in tensors]
+        self._tensors = [TensorMeta(t.name, t.shape, self._served(t), t.alias_of) for t in tensors]
         return Layout(self._tensors, [whole(meta) for meta in self._tensors if meta.alias_of is None])
 
     def bind(self, regions: Sequence[tuple[int, Region]]) -> None:
@@ -169,10 +171,29 @@ class StreamedSink(WeightSink):
     def _meta(self, name: str) -> TensorMeta:
         return next(meta for meta in self._tensors if meta.name == name)
 
-    def _served(self, dtype: str) -> str:
-        """The dtype that vLLM is given: that of the model, except for what is no plain floating-point number."""
-        plain = dtype in ("float64", "float32", "float16", "bfloat16")
-        return str(self._dtype).removeprefix("torch.") if plain else dtype
+    def _served(self, meta: TensorMeta) -> str:
+        """The dtype that vLLM is given: that of the model, except for what is wider, or no plain floating-point number."""
+        if meta.dtype not in _PLAIN:
+            return meta.dtype
+        published, wide = getattr(torch, meta.dtype), self._wide.get(meta.alias_of or meta.name)
+        if wide is not None and published.itemsize > self._dtype.itemsize:
+            return wide
+        return str(self._dtype).removeprefix("torch.")
+
+    def _kept_wide(self) -> dict[str, str]:
+        """Tensors of the checkpoint, and their dtypes, that a parameter may hold in a wider dtype than the model's.
+
+        Which parameter a tensor goes to is not known here. So where there is such a parameter (a scale, a router's bias, a
+        decay), it may be that of any tensor that the checkpoint has in a wider dtype.
+        """
+
+        def is_wide(dtype: torch.dtype) -> bool:
+            return dtype.is_floating_point and dtype.itemsize > self._dtype.itemsize
+
+        if not any(is_wide(parameter.dtype) for parameter in self._worker.get_model().parameters()):
+            return {}
+        metas = [meta for meta in self._checkpoint.tensors() if meta.dtype in _PLAIN]
+        return {meta.name: meta.dtype for meta in metas if is_wide(getattr(torch, meta.dtype))}
 
 
 def _joined(meta: TensorMeta, parts: Sequence[tuple[Region, torch.Tensor]], device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlbridge.errors import SyncError
 from rlbridge.roles.sink import WeightSink
 from rlbridge.sync.messages import answer
 from rlbridge.sync.subscriber import Subscriber
@@ -67,8 +68,13 @@ class WorkerExtension:
         pending[ticket] = self._rlbridge.threads.submit(self._aside, method, payload)
 
     def rlbridge_poll(self, ticket: int) -> bytes | None:
-        """The answer of a call that was begun, or None while there is none."""
-        call = self._rlbridge.pending[ticket]
+        """The answer of a call that was begun, or None while there is none.
+
+        One that nobody began is answered by an error, and not by raising it: vLLM would leave other ranks' answers unread.
+        """
+        call = self._rlbridge.pending.get(ticket)
+        if call is None:
+            return answer(_is_of_another)
         return call.result() if call.done() else None
 
     def rlbridge_score_at(self, temperature: float | None) -> None:
@@ -79,3 +85,7 @@ class WorkerExtension:
         if method == "start_pull" and isinstance(self._rlbridge.sink, StreamedSink):
             self._rlbridge.sink.arena_changes()
         return self._rlbridge.subscriber.handle(method, payload)
+
+
+def _is_of_another() -> None:
+    raise SyncError("the engine has been opened anew since this call began", role="generator")

@@ -152,6 +152,14 @@ class Wait(msgspec.Struct, frozen=True):
     epoch: str = ""
 
 
+def longest_wait(method: str, payload: bytes) -> float:
+    """Seconds that the ranks of an engine may wait for bytes in that call of `Subscriber.handle`, by its payload."""
+    if method != "wait_pull":
+        return 0.0
+    waits = [unpack(message, Wait) for message in msgspec.msgpack.decode(payload, type=list[bytes])]
+    return max((wait.seconds for wait in waits), default=0.0)
+
+
 class Update(Wait, frozen=True):
     """Install `version` on every rank of an engine, whose running requests meanwhile are dealt with as `pause` says."""
 

@@ -1,4 +1,4 @@
-"""What the control in a server asks of vLLM's engine; a real one is in test_vllm_server."""
+"""What the control in a server asks of vLLM's engine; real ones are in test_servers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from rlbridge.errors import ConfigError, DeadlineError, PeerLostError, SyncError
-from rlbridge.sync.messages import pack
+from rlbridge.sync.messages import Wait, pack
 from rlbridge_openai.messages import INSTANCE_HEADER, Open
 from rlbridge_openai.routes import Session, check_stranger
 from rlbridge_openai.vllm_server import Control, _Calls, _has_key
@@ -21,11 +22,13 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.polls: dict[int, int] = {}
-        self.asleep = self.paused = False
+        self.asleep = self.paused = self.stuck = False
         self.engine_core = self
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="a/model"))
 
-    async def collective_rpc(self, method: str, timeout: float, args: tuple[Any, ...] = ()) -> list[Any]:
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if self.stuck:
+            await asyncio.sleep(30)
         if method == "rlbridge_poll":
             (ticket,) = args
             self.polls[ticket] = self.polls.get(ticket, 0) + 1
@@ -73,9 +76,9 @@ def test_what_concerns_the_parameters_is_done_between_steps_and_all_else_aside()
         assert ask(calls, "ranks", method, b"payload") == [b"zero", b"one"]
     assert engine.calls == [("rlbridge_handle", (m, b"payload")) for m in ("install", "check", "live_digests", "scramble")]
     engine.calls.clear()
-    assert ask(calls, "ranks", "wait_pull", b"payload") == [b"zero", b"one"]
+    assert ask(calls, "ranks", "start_pull", b"payload") == [b"zero", b"one"]
     ((name, (ticket, method, payload, over)),) = engine.calls
-    assert (name, method, payload, over) == ("rlbridge_begin", "wait_pull", b"payload", [])
+    assert (name, method, payload, over) == ("rlbridge_begin", "start_pull", b"payload", [])
     assert engine.polls == {ticket: 3}
     ask(calls, "ranks", "verify")
     assert engine.calls[-1][1][3] == [ticket]
@@ -132,9 +135,42 @@ def test_the_next_run_finds_nothing_of_the_last_one() -> None:
     assert again.instance != opened.instance
     with pytest.raises(PeerLostError, match="another run has opened this server"):
         calls._session.check(opened.instance)
-    told = ["resume", "rlbridge_begin", "rlbridge_score_at", "reload_weights", "reset", "rlbridge_open", "version"]
+    told = ["pause", "resume", "rlbridge_begin", "rlbridge_score_at", "reload_weights", "reset", "rlbridge_open", "version"]
     assert [name for name, _ in engine.calls] == told
-    assert engine.calls[1][1][1] == "close"
+    assert engine.calls[0][1][0] == "abort"
+    assert engine.calls[2][1][1] == "close"
+
+
+def test_a_pause_that_is_late_does_not_end_that_of_the_next_run() -> None:
+    engine = Engine()
+    calls = calls_of(engine)
+
+    async def overtaken() -> None:
+        late = asyncio.ensure_future(calls.answer("pause", "", {"mode": "wait", "seconds": "0.2"}, b""))
+        await asyncio.sleep(0.05)
+        calls._session.renew()
+        with pytest.raises(DeadlineError):
+            await late
+
+    asyncio.run(overtaken())
+    assert engine.calls == [("pause", ("wait", False))]
+
+
+def test_ranks_that_are_stuck_are_not_waited_for_longer_than_asked() -> None:
+    """And not by vLLM's own timeout, after which the next call would be given the answers of this one."""
+    engine = Engine()
+    engine.stuck = True
+    with pytest.raises(DeadlineError, match=r"the ranks did not answer 'rlbridge_handle' within 0\.1 s"):
+        ask(calls_of(engine), "ranks", "install", seconds="0.1")
+
+
+def test_a_wait_for_bytes_may_take_as_long_as_it_says() -> None:
+    engine = Engine()
+    calls = calls_of(engine)
+    engine.asleep = True
+    payload = msgspec.msgpack.encode([pack(Wait(1, 0.3))])
+    with pytest.raises(DeadlineError, match=r"a rank did not answer 'wait_pull' within 0\.4 s"):
+        ask(calls, "ranks", "wait_pull", payload, seconds="0.1")
 
 
 def test_an_unknown_call_is_told() -> None:

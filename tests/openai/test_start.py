@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from pydantic import ValidationError
 
+from rlbridge.config import load_config
 from rlbridge.errors import ConfigError
 from rlbridge.plugins import registry
 from rlbridge_openai.options import OpenAIGeneratorOptions
@@ -156,6 +159,15 @@ def test_a_key_is_hidden_however_it_is_written(monkeypatch: pytest.MonkeyPatch) 
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         OpenAIGeneratorOptions(**options)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@host", "http://host?key=secret"])
+def test_a_key_in_a_url_is_not_told(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"model": {"path": "m"}, "data": {"path": "p"}, "generator": {"backend": "openai", "url": url}}))
+    with pytest.raises(ConfigError, match=r"generator\.url: ") as raised:
+        load_config(file)
+    assert "secret" not in str(raised.value)
 
 
 def test_a_server_an_engine() -> None:

@@ -3,15 +3,22 @@ from __future__ import annotations
 import logging
 import pickle
 
+import msgspec
 import pytest
 
 from rlbridge.errors import DigestError, RlbridgeError
-from rlbridge.sync.messages import Nothing, State, Wait, answer, pack, result, unpack
+from rlbridge.sync.messages import Nothing, State, Wait, answer, longest_wait, pack, result, unpack
 
 
 def test_a_message_comes_back_as_it_was() -> None:
     assert unpack(pack(Wait(3, 1.5, "abc.2")), Wait) == Wait(3, 1.5, "abc.2")
     assert result(answer(lambda: State("ready", 4)), State) == State("ready", 4)
+
+
+def test_a_call_that_waits_for_bytes_says_how_long_at_most() -> None:
+    payload = msgspec.msgpack.encode([pack(Wait(3, 1.5)), pack(Wait(3, 900.0))])
+    assert longest_wait("wait_pull", payload) == 900.0
+    assert longest_wait("verify", payload) == 0.0
 
 
 def test_our_error_crosses_whole_and_without_a_log_entry(caplog: pytest.LogCaptureFixture) -> None:

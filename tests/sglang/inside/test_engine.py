@@ -277,6 +277,18 @@ def test_a_call_waits_for_the_end_of_a_pause_no_longer_than_it_may(bridge: Bridg
         bridge.generator.resume()
 
 
+def test_a_pause_that_does_not_come_to_an_end_is_undone(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [c.token_ids for c in say(bridge, LONG, max_tokens=200)]
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as hurry:
+        begun = pool.submit(say, bridge, LONG, max_tokens=200)
+        until_it_runs(bridge)
+        hurry.setattr(bridge.generator, "_options", bridge.generator._options.model_copy(update={"pause_seconds": 0.0}))
+        with pytest.raises(DeadlineError, match="running requests did not end"):
+            bridge.generator.pause("wait")
+    assert [c.token_ids for c in begun.result(20)] == whole
+    assert [c.token_ids for c in say(bridge, LONG, max_tokens=200)] == whole
+
+
 def say(bridge: Bridge, prompts: list[list[int]], **sampling: Any) -> list[Completion]:
     """Completions, greedy unless `sampling` says otherwise."""
     return bridge.generator.generate(prompts, Sampling(**{"max_tokens": 12, "temperature": 0.0, **sampling}))

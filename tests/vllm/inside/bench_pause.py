@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def measure(directory: Path, install: str, engine: str, ranks: int) -> None:
-    """Six syncs of one engine, and copies of as many bytes between them: both see the same machine."""
+    """Seven syncs of one engine, and copies of as many bytes between them: both see the same machine."""
     bridge = Bridge(directory, "large", engine=engine, tensor_parallel=ranks, install=install)
     bridge.sync()  # touches its memory for the first time
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in bridge.model.state_dict().values())

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from rlbridge.errors import ConfigError, DeadlineError, ModelError, PeerLostError
+from rlbridge.errors import ConfigError, DeadlineError, ModelError, PeerLostError, SyncError
 from rlbridge.roles.batch import Sampling
+from rlbridge.sync.messages import Nothing, result
 from rlbridge_vllm.generator import VllmGenerator
 from tests.vllm.inside import models
 from tests.vllm.inside.bridge import started
@@ -57,6 +58,15 @@ def test_a_killed_rank_is_named(start: Callable[..., VllmGenerator], engine: str
     assert _left(pids.values()) == []
 
 
+def test_an_answer_of_another_drivers_call_is_an_error_of_every_rank(start: Callable[..., VllmGenerator]) -> None:
+    """And is not raised in the ranks: vLLM stops reading at the first that raises, and the next call gets what is left."""
+    generator = start(tensor_parallel=2)
+    for reply in generator._rpc("rlbridge_poll", 1 << 60):
+        with pytest.raises(SyncError, match="opened anew"):
+            result(reply, Nothing)
+    assert generator._rpc("rlbridge_score_at", None) == [None, None]
+
+
 def test_a_killed_core_is_named(start: Callable[..., VllmGenerator]) -> None:
     generator = start()
     pids = _pids(generator)
@@ -72,7 +82,7 @@ def test_a_stopped_rank_is_a_deadline_that_names_it(start: Callable[..., VllmGen
     pids = _pids(generator)
     os.kill(pids["generator[0].rank[1]"], signal.SIGSTOP)
     with pytest.raises(DeadlineError, match=r"generator\[0\]\.rank\[1\] is stopped"):
-        generator.on_each_rank("wait_pull", b"")
+        generator.on_each_rank("verify", b"")
     generator.close()  # stopped as it is
     assert _left(pids.values()) == []
 

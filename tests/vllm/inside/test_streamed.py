@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from rlbridge.errors import LayoutError
 from rlbridge.roles.batch import pad_sequences
 from rlbridge.sync.messages import Described, Digests, Nothing, Record, pack, result
 from rlbridge.weights.layout import TensorMeta
+from rlbridge.weights.model_files import checkpoint_of
 from rlbridge_vllm import cpu
+from rlbridge_vllm.streamed import StreamedSink
 from tests.vllm.inside import models
 from tests.vllm.inside.bridge import Bridge, started
 
@@ -100,6 +105,37 @@ def test_a_vllm_that_does_not_load_again_what_it_has_loaded_is_refused(tmp_path:
     with pytest.raises(LayoutError, match="something else of its own weights") as raised:
         started(tmp_path)
     assert "experts" in raised.value.where["tensor"]
+
+
+def test_what_vllm_keeps_wider_than_the_model_comes_so(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    for name, dtype in {"plain": torch.bfloat16, "bias": torch.float32}.items():
+        setattr(model, name, torch.nn.Parameter(torch.ones(4, dtype=dtype)))
+    save_file({name: parameter.data for name, parameter in model.named_parameters()}, tmp_path / "model.safetensors")
+    sink = StreamedSink(_Worker(model), checkpoint_of(str(tmp_path)))
+    for published, wanted in {"float32": "float32", "bfloat16": "bfloat16"}.items():
+        layout = sink.record([TensorMeta(name, (4,), published) for name in ("plain", "bias")])
+        assert [meta.dtype for meta in layout.tensors] == ["bfloat16", wanted]
+
+
+class _Worker:
+    """A worker of vLLM's whose model takes what it is given."""
+
+    device = torch.device("cpu")
+    model_config = SimpleNamespace(dtype=torch.bfloat16)
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.get_model = lambda: model
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def update_weights(self, update: dict[str, Any]) -> None:
+        for name, tensor in update["weights"]():
+            getattr(self.get_model(), name).data.copy_(tensor)
+
+    def finish_weight_update(self) -> None:
+        pass
 
 
 def _digests(bridge: Bridge) -> list[bytes]:
