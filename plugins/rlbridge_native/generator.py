@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rlbridge.errors import DataError, LayoutError, ModelError
+from rlbridge.huggingface.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge.roles.batch import Completion, Sampling, Sequences
 from rlbridge.roles.generator import Generator, GeneratorContext
 from rlbridge.roles.sink import Loader, RecordedSink
 from rlbridge.sync.subscriber import Subscriber
 from rlbridge.weights.layout import Piece
-from rlbridge_native.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge_native.decoding import decode, ends_with
 from rlbridge_native.loading import load_model
 from rlbridge_native.loss import micro_batches, token_logprobs

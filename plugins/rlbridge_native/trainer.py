@@ -14,16 +14,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging as transformers_logging
 
 from rlbridge.errors import LayoutError, RlbridgeError
+from rlbridge.huggingface.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full
+from rlbridge.huggingface.directory import save_directory
+from rlbridge.huggingface.shards import local_storages, shard_pieces
 from rlbridge.roles.batch import Batch, Sequences
 from rlbridge.roles.source import GatheredSource, ShardedSource, WeightSource
 from rlbridge.roles.trainer import Trainer, TrainerContext
 from rlbridge_native import state
-from rlbridge_native.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full
 from rlbridge_native.loading import load_model, shard_model
 from rlbridge_native.loss import COUNTERS, GrpoLoss, grpo_loss, micro_batches, token_logprobs
 from rlbridge_native.options import NativeTrainerOptions
-from rlbridge_native.saving import save_directory
-from rlbridge_native.shards import local_storages, shard_pieces
 
 
 class NativeTrainer(Trainer[NativeTrainerOptions]):
@@ -93,7 +93,7 @@ class NativeTrainer(Trainer[NativeTrainerOptions]):
         own = np.minimum(np.arange(first, first + share), rows - 1)
         self._model.eval()
         for part in micro_batches(share, self._options.micro_batch):
-            scores_BT[own[part]] = self._logprobs(self._model, _picked(sequences, own[part]))
+            scores_BT[own[part]] = self._logprobs(self._model, sequences.rows(own[part]))
         scores_BT[:first] = 0
         dist.all_reduce(scores_BT)
         return scores_BT.cpu().numpy()
@@ -110,8 +110,8 @@ class NativeTrainer(Trainer[NativeTrainerOptions]):
         return ShardedSource(tensors, shard_pieces(self._model, pieces, context.rank), lambda: local_storages(self._model))
 
     def save(self, path: Path) -> None:
-        """A Hugging Face directory as transformers writes it, with the tokenizer that the model came with."""
-        save_directory(self._model, Path(self._context.model_path), path)
+        """A Hugging Face directory, with the tokenizer that the model came with."""
+        save_directory(export_full(self._model), self._model, Path(self._context.model_path), path)
 
     def save_state(self, path: Path) -> None:
         """See `rlbridge_native.state`."""
@@ -184,12 +184,6 @@ class NativeTrainer(Trainer[NativeTrainerOptions]):
         self._optimizer.step()
         self._optimizer.zero_grad()
         return lr
-
-
-def _picked(sequences: Sequences, rows: np.ndarray[Any, Any]) -> Sequences:
-    return Sequences(
-        sequences.tokens_BT[rows], sequences.prompt_lengths_B[rows], sequences.lengths_B[rows], sequences.temperature
-    )
 
 
 def _metrics(totals: dict[str, float], norm: float, lr: float, *, with_kl: bool) -> dict[str, float]:

@@ -58,8 +58,8 @@ class Sequences(msgspec.Struct):
         at_T = np.arange(self.tokens_BT.shape[1])[None, :]
         return (at_T >= self.prompt_lengths_B[:, None]) & (at_T < self.lengths_B[:, None])
 
-    def rows(self, index: slice) -> Sequences:
-        """Some of the sequences, with the padding that all of them need."""
+    def rows(self, index: slice | np.ndarray[Any, Any]) -> Sequences:
+        """Some of the sequences, by a slice or by their numbers, with the padding that all of them need."""
         return Sequences(self.tokens_BT[index], self.prompt_lengths_B[index], self.lengths_B[index], self.temperature)
 
 

@@ -1,4 +1,4 @@
-"""Real trainer ranks for the tests: processes forked from one that has imported torch and transformers, and used neither."""
+"""Real trainer ranks for the tests: processes forked from one that has imported what they need, and used none of it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from rlbridge.plugins import registry
 from rlbridge.roles.batch import Batch, pad_sequences
 from rlbridge.roles.trainer import AlgorithmOptions, OptimizerOptions, TrainerContext
-from rlbridge_native.options import NativeTrainerOptions
 
 EPSILON = 1e-3
 """Large, since AdamW with a small one makes a whole step of the rounding error of a gradient that is nearly zero."""
@@ -23,13 +23,17 @@ _processes.set_forkserver_preload(
         "rlbridge_native.trainer",
         "rlbridge.weights.plan",
         "torch.distributed.checkpoint",
+        "rlbridge_verl.engine",  # where verl is installed; what cannot be imported is passed over
         *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_moe", "llama")),
     ]
 )
 
 
 def on_ranks(ranks: int, task: Callable[..., Any], model: Path, directory: Path, **settings: Any) -> list[Any]:
-    """What `task(trainer, **arguments)` returns on each rank. `settings` are `make_trainer`'s; the rest are the task's."""
+    """What `task(trainer, **arguments)` returns on each rank.
+
+    `settings` are `arguments`, `backend` (native), `options` of that, and what else differs from the defaults of `_rank`.
+    """
     meeting = directory / f"meeting-{len(list(directory.iterdir()))}"
     with ProcessPoolExecutor(ranks, mp_context=_processes) as pool:
         futures = [pool.submit(_rank, task, rank, ranks, model, f"file://{meeting}", settings) for rank in range(ranks)]
@@ -58,11 +62,11 @@ def make_batch(rows: int = 8, *, seed: int = 0, temperature: float = 1.0, step: 
 def _rank(task: Callable[..., Any], rank: int, ranks: int, model: Path, rendezvous: str, settings: dict[str, Any]) -> Any:
     import torch
 
-    from rlbridge_native.trainer import NativeTrainer
-
     torch.set_num_threads(1)
-    settings = {"kl_coef": 0.0, "grad_clip": 1.0, "warmup_steps": 2, "options": {}, "arguments": {}} | settings
-    options = NativeTrainerOptions(**settings["options"])
+    defaults = {"backend": "native", "kl_coef": 0.0, "grad_clip": 1.0, "warmup_steps": 2, "options": {}, "arguments": {}}
+    settings = defaults | settings
+    backend = settings["backend"]
+    options = registry().options_model("trainer", backend)(backend=backend, **settings["options"])
     context = TrainerContext(
         rank=rank,
         world_size=ranks,
@@ -76,7 +80,7 @@ def _rank(task: Callable[..., Any], rank: int, ranks: int, model: Path, rendezvo
         optimizer=OptimizerOptions(1e-2, (0.9, 0.99), EPSILON, 0.01, settings["grad_clip"], settings["warmup_steps"]),
         options=options.model_dump(),
     )
-    trainer = NativeTrainer()
+    trainer = registry().load("trainer", backend)()
     trainer.setup(context, options)
     try:
         return task(trainer, **settings["arguments"])

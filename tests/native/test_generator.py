@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from rlbridge.errors import DataError, LayoutError, ModelError
+from rlbridge.huggingface.checkpoint import checkpoint_pieces, export_full
 from rlbridge.roles.batch import Completion, Sampling, pad_sequences
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.sink import RecordedSink
-from rlbridge_native.checkpoint import checkpoint_pieces, export_full
 from rlbridge_native.decoding import pick
 from rlbridge_native.generator import NativeGenerator, checkpoint_loader
 from rlbridge_native.loading import load_model

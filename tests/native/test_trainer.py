@@ -19,38 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlbridge.errors import CheckpointError, ModelError, RlbridgeError
 from rlbridge.roles.batch import Batch, Sequences
-from rlbridge.weights.layout import Layout
 from rlbridge_native.trainer import NativeTrainer
 from tests.models import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from tests.native.ranks import EPSILON, make_batch, on_ranks
+from tests.native.training import assert_published_whole, assert_same_training, publish, trained
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
-
-
-def train(trainer: NativeTrainer, path: Path, batches: list[Batch]) -> list[dict[str, float]]:
-    """Each rank's shard of the batches, then the weights as a directory."""
-    context = trainer._context
-    metrics = [trainer.train_step(batch.shard(context.rank, context.world_size)) for batch in batches]
-    trainer.save(path)
-    return metrics
-
-
-def trained(model: Path, tmp_path: Path, *, ranks: int, **settings: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    path = tmp_path / f"trained-{len(list(tmp_path.iterdir()))}"
-    batches = [make_batch(seed=1, temperature=0.8), make_batch(seed=2, temperature=0.8, step=2)]
-    metrics = on_ranks(ranks, train, model, tmp_path, arguments={"path": path, "batches": batches}, **settings)
-    return metrics, load_file(path / "model.safetensors")
-
-
-def assert_same_training(a: tuple[list[Any], dict[str, torch.Tensor]], b: tuple[list[Any], dict[str, torch.Tensor]]) -> None:
-    for one, other in zip(a[0][0], b[0][0], strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
-    assert a[1].keys() == b[1].keys()
-    for name, tensor in a[1].items():
-        torch.testing.assert_close(tensor, b[1][name], rtol=1e-5, atol=3e-6, msg=name)
 
 
 @pytest.mark.parametrize("make", [tiny_qwen3, partial(tiny_qwen3, tied=True), tiny_qwen3_moe])
@@ -268,30 +245,12 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone_on_every_rank(qwen3:
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def publish(trainer: NativeTrainer, path: Path, *, compute: bool = False) -> tuple[str, Layout, list[torch.Tensor]]:
-    if compute:
-        _halve_norms(trainer._model)
-    source = trainer.weights()
-    layout = source.layout()
-    source.bind(layout.regions)
-    trainer.train_step(make_batch().shard(trainer._context.rank, trainer._context.world_size))
-    dtypes = {t.name: getattr(torch, t.dtype) for t in layout.tensors}
-    copies = [torch.empty(region.shape, dtype=dtypes[region.tensor]) for region in layout.regions]
-    source.snapshot(copies)
-    trainer.save(path)
-    return type(source).__name__, layout, [copy.clone() for copy in copies]
+def _halve_norms(trainer: Any) -> None:
+    from transformers.core_model_loading import WeightConverter
 
+    from tests.huggingface.test_checkpoint import Double
 
-def assert_published_whole(results: list[Any], files: dict[str, torch.Tensor]) -> None:
-    """Every element of every saved tensor comes from exactly one rank, and is what was saved."""
-    times = {name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in files.items()}
-    for _, layout, copies in results:
-        assert {t.name for t in layout.tensors if t.alias_of is None} == set(files)
-        for region, copy in zip(layout.regions, copies, strict=True):
-            box = tuple(slice(o, o + n) for o, n in zip(region.offset, region.shape, strict=True))
-            times[region.tensor][box] += 1
-            assert torch.equal(copy, files[region.tensor][box]), region
-    assert all(bool((count == 1).all()) for count in times.values())
+    trainer._model._weight_conversions = [WeightConverter("layernorm.weight", "layernorm.weight", operations=[Double()])]
 
 
 @pytest.mark.parametrize(
@@ -313,17 +272,9 @@ def test_the_ranks_publish_each_saved_element_once(make: Any, ranks: int, dtype:
     assert not [t for t in results[0][1].tensors if t.alias_of not in (None, "model.embed_tokens.weight")]
 
 
-def _halve_norms(model: Any) -> None:
-    from transformers.core_model_loading import WeightConverter
-
-    from tests.native.test_checkpoint import Double
-
-    model._weight_conversions = [WeightConverter("layernorm.weight", "layernorm.weight", operations=[Double()])]
-
-
 def test_a_model_whose_checkpoint_is_computed_is_gathered(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
-    results = on_ranks(2, publish, model, tmp_path, arguments={"path": tmp_path / "saved", "compute": True})
+    results = on_ranks(2, publish, model, tmp_path, arguments={"path": tmp_path / "saved", "before": _halve_norms})
     assert {kind for kind, _, _ in results} == {"GatheredSource"}
     assert_published_whole(results, load_file(tmp_path / "saved" / "model.safetensors"))
     assert all(layout.regions for _, layout, _ in results)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlbridge.huggingface.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge.roles.source import ShardedSource
 from rlbridge.sync.publisher import Publisher
 from rlbridge_conformance.nursery import Nursery
 from rlbridge_conformance.processes import ProcessParty
-from rlbridge_native.checkpoint import checkpoint_pieces, module_tensors
 
 nursery = Nursery("rlbridge_conformance.processes:serve", [__name__])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from rlbridge.huggingface.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge.roles.batch import Completion, Sampling
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.source import ShardedSource
@@ -15,7 +16,6 @@ from rlbridge.sync.messages import Nothing, TransportSpec, pack, result
 from rlbridge.sync.publisher import Publisher
 from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge.weights.layout import TensorMeta
-from rlbridge_native.checkpoint import checkpoint_pieces, module_tensors
 from rlbridge_vllm.generator import VllmGenerator
 from rlbridge_vllm.options import VllmGeneratorOptions
 from tests.here import Here

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import transformers
 
+from rlbridge.huggingface.checkpoint import module_tensors
 from rlbridge.roles.batch import Sequences
-from rlbridge_native.checkpoint import module_tensors
 
 VOCABULARY = 100
 """No multiple of 64, to which vLLM pads it."""

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from rlbridge.errors import LayoutError
+from rlbridge.huggingface.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full, module_tensors
 from rlbridge.weights.provenance import Provenance
-from rlbridge_native.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full, module_tensors
 from tests.models import tiny_llama, tiny_mixtral, tiny_qwen3, tiny_qwen3_moe
 
 MODELS = {

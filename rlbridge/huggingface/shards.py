@@ -9,8 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from rlbridge.huggingface.checkpoint import module_tensors
 from rlbridge.weights.layout import Piece, Region, compose
-from rlbridge_native.checkpoint import module_tensors
 
 
 def shard_pieces(model: Any, pieces: Sequence[Piece], rank: int) -> list[Piece]:

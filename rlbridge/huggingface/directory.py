@@ -1,56 +1,69 @@
-"""The model as a Hugging Face directory."""
+"""A model as a Hugging Face directory, written from tensors that several ranks hold."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 
 from rlbridge.errors import CheckpointError
-from rlbridge_native.checkpoint import module_tensors
 
 _BESIDE_THE_WEIGHTS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
-def save_directory(model: Any, source: Path, path: Path) -> None:
-    """Write `model` to `path` as transformers would, with the tokenizer of `source`. Collective; rank 0 writes.
+def save_directory(tensors: Iterable[tuple[str, torch.Tensor]], model: Any, source: Path, path: Path) -> None:
+    """Write a model that transformers loads to `path`, with the tokenizer of `source`. Collective; rank 0 writes.
 
     The directory appears whole or not at all.
+
+    Args:
+        tensors: Names and full tensors as the checkpoint has them (`export_full`), on every rank. A tensor need only live until
+            the next is asked for.
+        model: The transformers model, for its configs.
+        source: The directory that the model was loaded from.
+        path: The directory to write, or to replace.
 
     Raises:
         CheckpointError: it could not be written; on every rank.
     """
-    state = _gathered(model, keep=dist.get_rank() == 0)
-    _on_rank_0(lambda: _write(model, state, source, path), path)
-
-
-def _gathered(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Full tensors on the CPU of a rank that keeps them. Names of one parameter share one, so that it is known as tied."""
-    made: dict[int, torch.Tensor] = {}
+    keep = dist.get_rank() == 0
     state = {}
-    for name, tensor in module_tensors(model).items():
-        if id(tensor) not in made:
-            full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-            made[id(tensor)] = full.cpu() if keep else torch.empty(0)
-        state[name] = made[id(tensor)]
-    return state if keep else {}
+    for name, tensor in tensors:
+        if keep:
+            state[name] = tensor.detach().to("cpu", copy=True)
+    _on_rank_0(lambda: _write(state, model, source, path), path)
 
 
-def _write(model: Any, state: dict[str, torch.Tensor], source: Path, path: Path) -> None:
+def _write(state: dict[str, torch.Tensor], model: Any, source: Path, path: Path) -> None:
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(part, state_dict=state)
+        part.mkdir()
+        save_torch_state_dict(state, part)
+        _write_configs(model, part)
         _copy_tokenizer(source, part)
         _replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_configs(model: Any, target: Path) -> None:
+    """config.json in the dtype that the parameters have, and generation_config.json."""
+    config = model.config
+    before = config.dtype
+    config.dtype = model.dtype
+    try:
+        config.save_pretrained(target)
+    finally:
+        config.dtype = before
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(target)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

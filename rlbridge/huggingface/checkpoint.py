@@ -6,8 +6,8 @@ names and cuts below come from transformers' own reverse mapping, run over place
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,27 @@ from rlbridge.errors import LayoutError
 from rlbridge.weights.layout import Piece, TensorMeta
 from rlbridge.weights.provenance import Provenance
 
+Tensors = Mapping[str, torch.Tensor]
+Gather = Callable[[Sequence[str]], AbstractContextManager[Tensors]]
+"""The full tensors of those names, for as long as the context lasts. Collective where the model is sharded."""
 
-def checkpoint_pieces(model: Any) -> tuple[list[TensorMeta], list[Piece]]:
+
+def checkpoint_pieces(model: Any, tensors: Tensors | None = None) -> tuple[list[TensorMeta], list[Piece]]:
     """Every tensor of `model`'s checkpoint on disk, and where it lies in the model's parameters and persistent buffers.
 
     A piece's storage is the parameter's name; its offset and strides are those of the full parameter, also where the model is
     sharded. Tensors without `alias_of` are exactly those that `save_pretrained` writes.
 
+    Args:
+        model: A transformers model.
+        tensors: What `module_tensors` gives, where the module's own parameters do not have their full shapes; of these only
+            shapes, strides and dtypes count.
+
     Raises:
         LayoutError: a checkpoint tensor is computed from parameters, and so lies nowhere; it is named.
     """
-    traced, live = _trace(model), module_tensors(model)
+    live = module_tensors(model) if tensors is None else tensors
+    traced = _trace(model, live)
     pieces = []
     for tensor in traced.tensors:
         if tensor.alias_of is None:
@@ -39,9 +49,9 @@ def checkpoint_pieces(model: Any) -> tuple[list[TensorMeta], list[Piece]]:
     return traced.tensors, pieces
 
 
-def checkpoint_tensors(model: Any) -> list[TensorMeta]:
+def checkpoint_tensors(model: Any, tensors: Tensors | None = None) -> list[TensorMeta]:
     """Every tensor of `model`'s checkpoint on disk, in the order in which `export_full` yields them, then the aliases."""
-    return _trace(model).tensors
+    return _trace(model, module_tensors(model) if tensors is None else tensors).tensors
 
 
 def module_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -50,17 +60,16 @@ def module_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def export_full(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def export_full(model: Any, tensors: Tensors | None = None, gather: Gather | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Each checkpoint tensor, full, through transformers' reverse mapping. Collective where the model is sharded.
 
-    Only the parameters of one conversion (a layer's experts, or a single tensor) are gathered at a time; aliases are skipped.
+    Only the parameters of one conversion (a layer's experts, or a single tensor) are gathered at a time, by `gather` where they
+    are no DTensors; aliases are skipped.
     """
-    live = module_tensors(model)
-    for names in _trace(model).groups:
-        with torch.no_grad():
-            full = {name: _full(live[name]) for name in names}
-            exported = revert_weight_conversion(model, full)
-            yield from exported.items()
+    live = module_tensors(model) if tensors is None else tensors
+    for names in _trace(model, live).groups:
+        with torch.no_grad(), (gather or _gather_from(live))(names) as full:
+            yield from revert_weight_conversion(model, dict(full)).items()
 
 
 @dataclass
@@ -72,9 +81,8 @@ class _Traced:
     """Names of parameters that the reverse mapping converts together."""
 
 
-def _trace(model: Any) -> _Traced:
+def _trace(model: Any, live: Tensors) -> _Traced:
     """The reverse mapping of the whole model, run over placeholders."""
-    live = module_tensors(model)
     placeholders = _placeholders(live)
     kept = _written(model, placeholders)
     provenance = Provenance({name: placeholders[name] for name in kept})
@@ -91,7 +99,7 @@ def _trace(model: Any) -> _Traced:
     return _Traced(tensors + aliases, results, provenance, groups)
 
 
-def _placeholders(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _placeholders(live: Tensors) -> dict[str, torch.Tensor]:
     """A meta tensor for each parameter; names of one parameter share one."""
     made: dict[int, torch.Tensor] = {}
     for tensor in live.values():
@@ -100,14 +108,14 @@ def _placeholders(live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: made[id(tensor)] for name, tensor in live.items()}
 
 
-def _written(model: Any, placeholders: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _written(model: Any, placeholders: Tensors) -> dict[str, torch.Tensor]:
     """What `save_pretrained` keeps of the state dict: no ignored keys, and one name of each tied tensor."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: value for name, value in placeholders.items() if name not in ignored}
     return dict(remove_tied_weights_from_state_dict(state, model))
 
 
-def _groups(results: Mapping[str, torch.Tensor], provenance: Provenance) -> list[list[str]]:
+def _groups(results: Tensors, provenance: Provenance) -> list[list[str]]:
     """Parameters that meet in a checkpoint tensor, directly or through others, in one group."""
     group_of: dict[str, list[str]] = {}
     for value in results.values():
@@ -119,7 +127,7 @@ def _groups(results: Mapping[str, torch.Tensor], provenance: Provenance) -> list
     return list({id(group): group for group in group_of.values()}.values())
 
 
-def _twin(value: torch.Tensor, results: Mapping[str, torch.Tensor], provenance: Provenance) -> str:
+def _twin(value: torch.Tensor, results: Tensors, provenance: Provenance) -> str:
     """The name of the written tensor that an alias is the same as."""
     roots = provenance.roots_of(value)
     same = [n for n, t in results.items() if provenance.roots_of(t) == roots and t.shape == value.shape]
@@ -138,6 +146,14 @@ def _placed(tensor: torch.Tensor, piece: Piece) -> Piece:
     """The piece with its offset counted from the start of the storage, as `Piece.view` counts."""
     start = 0 if isinstance(tensor, DTensor) else int(tensor.storage_offset())
     return Piece(piece.region, piece.storage, piece.offset + start, piece.strides)
+
+
+def _gather_from(live: Tensors) -> Gather:
+    @contextmanager
+    def gather(names: Sequence[str]) -> Iterator[Tensors]:
+        yield {name: _full(live[name]) for name in names}
+
+    return gather
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
