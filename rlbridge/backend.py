@@ -50,6 +50,8 @@ class Backend:
         distribution: The distribution whose version is shown; rlbridge's own by default.
         requirements: "module:Class" of what it claims of the conformance suite; by default what its capabilities say.
         environments: Names of the environments that it has been tested in, best first.
+        tested: Requirements of the framework's versions that it has been tested with, for example "verl>=0.9,<0.10"; a config
+            is refused where another version is installed.
     """
 
     name: str
@@ -62,3 +64,4 @@ class Backend:
     distribution: str = "rlbridge"
     requirements: str = ""
     environments: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()

@@ -19,6 +19,8 @@ class Environment:
             requires: rlbridge itself is copied into every environment, and comes from no index.
         overrides: Requirements that take the place of what any package asks for.
         no_deps: Pinned requirements that are installed without what they ask for.
+        resolved: Names of pinned distributions of which it depends on the machine what they need: that is resolved when the
+            environment is built, and not in the lock. A torch for CUDA brings CUDA's libraries, one for the CPU none.
         variables: Environment variables of every process that runs in it, unless the config sets them.
         site: "package:folder" of modules that only this environment has: it is put on its path, and its .pth files count.
         modules: What must be importable in it: `rlbridge env check` imports them.
@@ -31,6 +33,7 @@ class Environment:
     requirements: tuple[str, ...]
     overrides: tuple[str, ...] = ()
     no_deps: tuple[str, ...] = ()
+    resolved: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     site: str = ""
     modules: tuple[str, ...] = ()

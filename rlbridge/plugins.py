@@ -42,6 +42,7 @@ _BUILT_IN = {
     "rlbridge_vllm": "rlbridge_vllm",
     "rlbridge_sglang": "rlbridge_sglang",
     "rlbridge_openai": "rlbridge_openai",
+    "rlbridge_verl": "rlbridge_verl",
 }
 _ENVIRONMENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # it begins the name of a directory
 _FILE_TARGET = re.compile(r"[^\W\d][\w.]*:[\w][\w./-]*")
@@ -80,6 +81,7 @@ class Row:
     importable: bool
     reason: str
     environments: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def _checked_environment(environment: object, hook: str) -> Environment:
     for target in filter(None, (environment.lock or "no lock", environment.site)):
         if not _FILE_TARGET.fullmatch(target):
             raise PluginError(f"{hook}: {target!r} of the environment {environment.name!r} is not of the form package:file")
-    for field in ("requirements", "overrides", "no_deps", "modules"):
+    for field in ("requirements", "overrides", "no_deps", "resolved", "modules"):
         if isinstance(getattr(environment, field), str):
             raise PluginError(f"{hook}: {field} of the environment {environment.name!r} is a string, and no tuple of them")
     return environment
@@ -323,4 +325,5 @@ def _row(role: Role, entry: _Entry) -> Row:
         importable=reason is None,
         reason=reason or "",
         environments=backend.environments,
+        tested=backend.tested,
     )

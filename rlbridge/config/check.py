@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+from packaging.requirements import Requirement
+
 from rlbridge.backend import Backend, Capability
 from rlbridge.config.sections import AUTO_TRANSPORT, RunConfig
-from rlbridge.env import absent, place
+from rlbridge.env import absent, place, version_at
 from rlbridge.errors import ConfigError, RlbridgeError
 from rlbridge.importing import install_hint, is_target
 from rlbridge.plugins import Role, registry
@@ -25,7 +27,7 @@ def check_config(config: RunConfig) -> list[str]:
     """
     problems = [*_unusable(config)]
     if not problems:  # capabilities are those of backends that are known
-        problems += incompatibilities(config, config.transport.backend)
+        problems += [*_untested_versions(config), *incompatibilities(config, config.transport.backend)]
     problems += [*_uneven_batch(config), *_missing_files(config)]
     if problems:
         raise ConfigError("\n  ".join(["this config cannot run:", *problems]))
@@ -76,6 +78,21 @@ def _unusable(config: RunConfig) -> Iterator[str]:
             if reason:
                 hint = install_hint(registry().backend(role, name).extra)
                 yield "; ".join(filter(None, [f"{key}: {name!r} is not installed: {reason}", hint]))
+
+
+def _untested_versions(config: RunConfig) -> Iterator[str]:
+    """Frameworks whose version is none that the backend has been tested with."""
+    for role in _PLACED:
+        options = getattr(config, role)
+        backend, where = registry().backend(role, options.backend), place(role, options.backend, options.env)
+        for requirement in map(Requirement, backend.tested):
+            version = version_at(where, requirement.name)
+            if version and not requirement.specifier.contains(version, prereleases=True):
+                there = f"in the environment {where.name!r}" if where.name else "here"
+                yield (
+                    f"{role}.backend {backend.name!r} is tested with {requirement}, and {version} is installed {there}; "
+                    f"pip install '{requirement}', or a newer rlbridge"
+                )
 
 
 def _not_in_environments(config: RunConfig, transport: Backend) -> Iterator[str]:

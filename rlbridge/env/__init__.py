@@ -4,7 +4,7 @@ from rlbridge.env.building import build
 from rlbridge.env.checking import Checked, check
 from rlbridge.env.location import directory, python_of, root
 from rlbridge.env.locking import compile_lock
-from rlbridge.env.placing import HERE, Place, absent, place
+from rlbridge.env.placing import HERE, Place, absent, place, version_at
 from rlbridge.env.removing import remove
 from rlbridge.env.state import Found, State, found, state_of
 
@@ -25,4 +25,5 @@ __all__ = [
     "remove",
     "root",
     "state_of",
+    "version_at",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlbridge.env import driver
 from rlbridge.env.brought import bring, place_of, source, wanted
+from rlbridge.env.driver import normalised
 from rlbridge.env.location import directory, located, lock_text, python_of
 from rlbridge.env.lockfile import pins, to_install
 from rlbridge.env.stamp import Stamp, now, read_stamp, take_stamp, write_stamp
@@ -70,6 +71,12 @@ def _check_lock(environment: Environment, lock: str, brought: set[str]) -> None:
             f"the lock of the environment {environment.name!r} names {', '.join(foreign)}, which is copied from here",
             todo="take it out of the requirements, and make the lock anew",
         )
+    absent = sorted(set(map(normalised, environment.resolved)) - pins(lock).keys())
+    if absent:
+        raise PluginError(
+            f"the lock of the environment {environment.name!r} has no {', '.join(absent)}, which is resolved on each machine",
+            todo=f"the plugin's author makes it anew: rlbridge env lock {environment.name}",
+        )
 
 
 def _install(environment: Environment, lock: str, prefix: Path, tell: Tell, held: int) -> None:
@@ -81,6 +88,11 @@ def _install(environment: Environment, lock: str, prefix: Path, tell: Tell, held
     requirements.write_text(to_install(lock, environment.no_deps, driver.ray_version()))
     sync = ["pip", "sync", "--python", str(python_of(prefix)), "--compile-bytecode", "--allow-empty-requirements"]
     run_uv([*sync, str(requirements)], f"installing {environment.name}", tell, cwd=root, held=[held])
+    if environment.resolved:
+        pinned = pins(lock)
+        exact = [f"{name}=={pinned[normalised(name)]}" for name in environment.resolved]
+        install = ["pip", "install", "--python", str(python_of(prefix)), "--compile-bytecode", *exact]
+        run_uv(install, f"installing what {', '.join(exact)} needs on this machine", tell, cwd=root, held=[held])
     if environment.site:
         folder = site_folder(environment, prefix)
         # A path alone in a .pth would not make the folder's own .pth files count.

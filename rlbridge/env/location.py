@@ -36,6 +36,7 @@ def key(environment: Environment) -> str:
     parts = [
         lock_text(environment),
         *environment.no_deps,
+        *environment.resolved,
         environment.site,
         driver.minor(driver.python_version()),
         driver.ray_version(),

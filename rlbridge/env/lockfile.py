@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from rlbridge.env.driver import normalised
 
 _PIN = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)\s*(\[[^\]]*\])?\s*(==|@)\s*(?P<version>[^\s;\\]+)")
+_LOCAL = re.compile(r"(==[^\s;\\+]+)\+[^\s;\\]+")
 _HASH = re.compile(r"^\s+--hash=\S+\s*\\?\s*\n", re.MULTILINE)
 _INDEX = ("-i ", "-f ", "--index-url", "--extra-index-url", "--find-links", "--no-index", "--default-index", "--index ")
 
@@ -29,13 +30,15 @@ def to_install(lock: str, no_deps: Iterable[str], ray: str) -> str:
     return "".join([*lines, *(f"{line}\n" for line in others.values())])
 
 
-def published(compiled: str, header: str) -> str:
+def published(compiled: str, header: str, resolved: Iterable[str] = ()) -> str:
     """A compiled lock as a plugin ships it: under `header`, without the place that anything was found in on this machine.
 
-    Torch keeps no hashes: its wheel for the CPU is another file on every index.
+    Torch keeps no hashes: its wheel for the CPU is another file on every index. What is `resolved` on each machine keeps no
+    local version, such as +cpu.
     """
+    anywhere = {normalised(name) for name in resolved}
     blocks = [
-        _without_hashes(text) if name == "torch" else text
+        _public(_without_hashes(text) if name == "torch" or name in anywhere else text, name in anywhere)
         for name, _, text in _blocks(compiled)
         if name or not (text.isspace() or text.startswith(("#", *_INDEX)))
     ]
@@ -45,6 +48,10 @@ def published(compiled: str, header: str) -> str:
 def _without_hashes(block: str) -> str:
     first, newline, rest = _HASH.sub("", block).partition("\n")
     return first.rstrip("\\ ") + newline + rest
+
+
+def _public(block: str, anywhere: bool) -> str:
+    return _LOCAL.sub(r"\1", block, count=1) if anywhere else block
 
 
 def _text_of(lock: str, wanted: str) -> str:

@@ -34,7 +34,7 @@ def compile_lock(environment: Environment, tell: Tell, output: Path | None = Non
         arguments += ["--no-emit-index-url", "--no-emit-find-links", "--quiet"]
         arguments += ["--overrides", "overrides"] if environment.overrides else []
         run_uv(arguments, f"locking {environment.name}", tell, cwd=place)
-        text = published((place / "lock").read_text(), _header(environment))
+        text = published((place / "lock").read_text(), _header(environment), environment.resolved)
     if "rlbridge" in pins(text):
         raise BuildError(
             f"what the environment {environment.name!r} requires asks for rlbridge, which on an index is another project",

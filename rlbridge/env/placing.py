@@ -17,7 +17,7 @@ from rlbridge.env.stamp import read_stamp
 from rlbridge.env.state import WHY, State, state_of
 from rlbridge.environment import Environment
 from rlbridge.errors import PluginError
-from rlbridge.importing import install_hint, missing_module
+from rlbridge.importing import distribution_version, install_hint, missing_module
 from rlbridge.plugins import Role, registry
 
 
@@ -83,6 +83,13 @@ def absent(place: Place, backend: Backend) -> str | None:
     if place.prefix is None or place.name is None:
         return None
     return _absent(backend, registry().environment(place.name), place.prefix)
+
+
+def version_at(place: Place, distribution: str) -> str:
+    """The version of a distribution where processes of that place run; empty where it is not installed."""
+    if place.prefix is None:
+        return distribution_version(distribution)
+    return driver.versions(driver.site_packages(place.prefix)).get(driver.normalised(distribution), "")
 
 
 def differences(prefix: Path) -> list[str]:
