@@ -65,6 +65,7 @@ def test_plugin_of_another_distribution_is_listed(tmp_path: Path) -> None:
         "importable": True,
         "reason": "",
         "environments": [],
+        "tested": [],
     } in content["backends"]
 
 

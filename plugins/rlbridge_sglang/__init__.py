@@ -22,6 +22,7 @@ def rlbridge_generators() -> Sequence[Backend]:
             capabilities=frozenset({Capability.CUDA, Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
             requirements="rlbridge_conformance.ours:ServedElsewhere",
             environments=(SGLANG_CPU.name,),
+            tested=("sglang>=0.5.21,<0.6",),
         )
     ]
 

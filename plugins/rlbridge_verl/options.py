@@ -100,8 +100,13 @@ class VerlTrainerOptions(TrainerOptions):
         for name in _OF_MEGATRON:
             if getattr(self, name) > 1 and self.strategy != "megatron":
                 raise ValueError(f"{name} is an option of strategy=megatron")
-        if self.ulysses_sequence_parallel_size > 1 and not (self.use_remove_padding and self.strategy == "fsdp2"):
-            raise ValueError("ulysses_sequence_parallel_size needs strategy=fsdp2 and use_remove_padding")
+        if self.ulysses_sequence_parallel_size > 1 and not (
+            self.use_remove_padding and self.strategy == "fsdp2" and self.attn_implementation.startswith("flash_attention")
+        ):
+            raise ValueError(
+                "ulysses_sequence_parallel_size needs strategy=fsdp2, use_remove_padding and attn_implementation=flash_attention_2:"
+                " any other attention would see each rank's part of a sequence alone"
+            )
         if self.workers % self.model_parallel_size:
             raise ValueError(
                 f"workers={self.workers} is no multiple of {self.model_parallel_size}, the ranks that share a sequence"

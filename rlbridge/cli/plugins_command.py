@@ -55,6 +55,8 @@ def _about(row: Row) -> Text:
     if not row.importable:
         lines.append(Text(row.reason, "yellow"))
         lines += [Text(_environment(name), "yellow") for name in row.environments]
+    if row.tested:
+        lines.append(Text(f"tested with {' '.join(row.tested)}", "dim"))
     if row.capabilities:
         lines.append(Text(" ".join(row.capabilities), "dim"))
     return Text("\n").join(lines)

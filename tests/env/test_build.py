@@ -99,6 +99,17 @@ def test_a_requirement_without_dependencies_takes_the_locks_place(declare: Decla
     assert (there["grit"], there["pebble"], there["quartz"]) == ("1.0", "2.0", "1.0")
 
 
+def test_what_depends_on_the_machine_is_resolved_on_it(declare: Declare) -> None:
+    prefix = build(declare("wide", "quartz==1.0\n", resolved=["Quartz"]), quiet)
+    assert driver.versions(driver.site_packages(prefix))["pebble"] in ("1.0", "2.0")
+
+
+def test_what_is_resolved_has_to_be_in_the_lock(declare: Declare) -> None:
+    with pytest.raises(PluginError, match="the lock of the environment 'wide' has no quartz") as caught:
+        build(declare("wide", "pebble==1.0\n", resolved=["quartz"]), quiet)
+    assert "rlbridge env lock wide" in caught.value.todo
+
+
 def test_ray_is_the_drivers_whatever_the_lock_says(declare: Declare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "ray_version", lambda: "0.2")
     prefix = build(declare("rays", "ray==0.1\npebble==1.0\n"), quiet)

@@ -86,6 +86,12 @@ def test_what_was_found_here_is_left_out_and_so_are_torchs_hashes() -> None:
     )
 
 
+def test_what_is_resolved_on_each_machine_keeps_no_version_of_this_one() -> None:
+    text = published(COMPILED, "", ["Torch", "ray"])
+    assert "torch==2.13.0\n" in text
+    assert pins(text) == {"numpy": "2.1.0", "ray": "2.56.0", "torch": "2.13.0"}
+
+
 def test_pins_are_read_by_normalised_name() -> None:
     assert pins("Foo_Bar.baz==1\n--no-index\n# a==2\nqux @ https://example.org/qux.whl\n") == {
         "foo-bar-baz": "1",
