@@ -104,8 +104,8 @@ class VerlTrainerOptions(TrainerOptions):
             self.use_remove_padding and self.strategy == "fsdp2" and self.attn_implementation.startswith("flash_attention")
         ):
             raise ValueError(
-                "ulysses_sequence_parallel_size needs strategy=fsdp2, use_remove_padding and attn_implementation=flash_attention_2:"
-                " any other attention would see each rank's part of a sequence alone"
+                "ulysses_sequence_parallel_size needs strategy=fsdp2, use_remove_padding and"
+                " attn_implementation=flash_attention_2: any other attention would see each rank's part of a sequence alone"
             )
         if self.workers % self.model_parallel_size:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def prepare(config: RunConfig, tell: Callable[[str], None]) -> Prepared:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transport = choose_transport(config, device_of(config.generator), tell)
     make_model(config, tell)
+    check_trainable(config.model.path)
     task = load_task(config)
     tell(f"{len(task.prompts)} prompts, {len(task.held_out)} held out")
     return Prepared(task, transport)
@@ -64,6 +66,31 @@ def make_model(config: RunConfig, tell: Callable[[str], None]) -> None:
         return
     tell(f"making the model {config.model.make!r} at {path}")
     registry().load("model", config.model.make)(path, config.seed, tell)
+
+
+def check_trainable(path: Path) -> None:
+    """Refuse a model directory whose class is known to be no causal language model: no trainer could make a policy of it.
+
+    What this transformers does not know, or what brings its own code, is left to the trainer.
+
+    Raises:
+        ModelError: it is, or its config.json cannot be read.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        described = json.loads((path / "config.json").read_text())
+        kind, classes = described.get("model_type"), list(described.get("architectures") or ())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if classes and kind in CONFIG_MAPPING_NAMES and "auto_map" not in described and not causal & set(classes):
+        raise ModelError(
+            f"{path} holds a {', '.join(classes)}, which is no causal language model",
+            todo=f"trainers take a model whose class is ...ForCausalLM; for the type {kind!r}:"
+            f" {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, 'there is none')}",
+        )
 
 
 def load_task(config: RunConfig) -> Task:

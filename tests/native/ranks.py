@@ -32,7 +32,8 @@ _processes.set_forkserver_preload(
 def on_ranks(ranks: int, task: Callable[..., Any], model: Path, directory: Path, **settings: Any) -> list[Any]:
     """What `task(trainer, **arguments)` returns on each rank.
 
-    `settings` are `arguments`, `backend` (native), `options` of that, and what else differs from the defaults of `_rank`.
+    `settings` are `arguments`, `backend` (native), `options` of that, `first` (called before the trainer is made), and what
+    differs from the defaults of `_rank`.
     """
     meeting = directory / f"meeting-{len(list(directory.iterdir()))}"
     with ProcessPoolExecutor(ranks, mp_context=_processes) as pool:
@@ -65,6 +66,8 @@ def _rank(task: Callable[..., Any], rank: int, ranks: int, model: Path, rendezvo
     torch.set_num_threads(1)
     defaults = {"backend": "native", "kl_coef": 0.0, "grad_clip": 1.0, "warmup_steps": 2, "options": {}, "arguments": {}}
     settings = defaults | settings
+    if first := settings.get("first"):
+        first()
     backend = settings["backend"]
     options = registry().options_model("trainer", backend)(backend=backend, **settings["options"])
     context = TrainerContext(

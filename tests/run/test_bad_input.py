@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_a_model_without_weights_is_refused(config: Path, model: Path, capsys: p
     bare.mkdir()
     (bare / "config.json").write_text((model / "config.json").read_text())
     assert "has no weights" in refused(capsys, str(config), f"model.path={bare}")
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(
+    config: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(model, config.parent / "other")
+    described = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(described | {"architectures": ["Qwen3ForTokenClassification"]}))
+    said = refused(capsys, str(config), f"model.path={other}")
+    assert "holds a Qwen3ForTokenClassification, which is no causal language model" in said
+    assert "for the type 'qwen3': Qwen3ForCausalLM" in said
+    (other / "config.json").write_text("[]")
+    assert "config.json cannot be read" in refused(capsys, str(config), f"model.path={other}")
 
 
 def test_a_bad_line_of_prompts_is_shown_with_its_number(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
