@@ -35,7 +35,11 @@ class VerlTrainerOptions(TrainerOptions):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="dtype of the forward and backward passes, where it is not that of the parameters (dtype)."
     )
-    use_remove_padding: bool = Field(True, description="Compute on packed sequences, without their padding.")
+    use_remove_padding: bool | None = Field(
+        None,
+        description="Compute on packed sequences, without their padding; null: with flash attention. Any other attention takes"
+        " time and memory by the square of all tokens of a micro-batch then.",
+    )
     use_dynamic_bsz: bool = Field(
         False, description="Cut a batch into micro-batches by tokens (ppo_max_token_len_per_gpu) and not by sequences."
     )
@@ -101,7 +105,7 @@ class VerlTrainerOptions(TrainerOptions):
             if getattr(self, name) > 1 and self.strategy != "megatron":
                 raise ValueError(f"{name} is an option of strategy=megatron")
         if self.ulysses_sequence_parallel_size > 1 and not (
-            self.use_remove_padding and self.strategy == "fsdp2" and self.attn_implementation.startswith("flash_attention")
+            self.packs and self.strategy == "fsdp2" and self.attn_implementation.startswith("flash_attention")
         ):
             raise ValueError(
                 "ulysses_sequence_parallel_size needs strategy=fsdp2, use_remove_padding and"
@@ -112,6 +116,12 @@ class VerlTrainerOptions(TrainerOptions):
                 f"workers={self.workers} is no multiple of {self.model_parallel_size}, the ranks that share a sequence"
             )
         return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences are packed."""
+        flash = self.attn_implementation.startswith("flash_attention")
+        return flash if self.use_remove_padding is None else self.use_remove_padding
 
     @property
     def model_parallel_size(self) -> int:

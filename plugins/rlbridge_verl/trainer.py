@@ -149,7 +149,7 @@ class VerlTrainer(Trainer[VerlTrainerOptions]):
         """verl's non-tensor entries of a batch of so many rows on this rank."""
         options = self._options
         return {
-            "use_remove_padding": options.use_remove_padding,
+            "use_remove_padding": options.packs,
             "use_dynamic_bsz": options.use_dynamic_bsz,
             "max_token_len_per_gpu": options.ppo_max_token_len_per_gpu,
             "micro_batch_size_per_gpu": _micro_batch(rows, options.micro_batch),

@@ -51,7 +51,7 @@ def test_steps_are_those_of_the_native_trainer(qwen3: Path, tmp_path: Path, rank
     [
         {"micro_batch": 3},
         {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 40},
-        {"use_remove_padding": False},
+        {"use_remove_padding": True},
         {"enable_gradient_checkpointing": True},
         {"param_offload": True, "optimizer_offload": True},
     ],
@@ -112,6 +112,15 @@ def test_the_ranks_publish_each_saved_element_once(make: Any, ranks: int, dtype:
     assert {kind for kind, _, _ in results} == {"ShardedSource" if weights == "sharded" else "GatheredSource"}
     assert_published_whole(results, load_file(tmp_path / "saved" / "model.safetensors"))
     assert all(layout.regions for _, layout, _ in results)
+
+
+def test_replicas_of_a_shard_own_equal_regions(qwen3: Path, tmp_path: Path) -> None:
+    arguments = {"path": tmp_path / "saved"}
+    results = on_ranks(2, publish, qwen3, tmp_path, backend="verl", options={"fsdp_size": 1}, arguments=arguments)
+    assert results[0][1].regions == results[1][1].regions  # the plan takes each from one of them
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for result in results:
+        assert_published_whole([result], saved)
 
 
 def test_adapters_are_published_merged(qwen3: Path, tmp_path: Path) -> None:
