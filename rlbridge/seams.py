@@ -51,8 +51,8 @@ def _change(seam: Seam) -> str:
     module, _, path = seam.target.partition(":")
     try:
         found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        return f"{path} of {module} is gone ({error})"
+    except Exception as error:  # an import runs a stranger's code
+        return f"{path} of {module} is gone ({type(error).__name__}: {error})"
     if seam.parameters is None:
         return ""
     signature = inspect.signature(found)

@@ -29,9 +29,21 @@ TRAINER = (
     Seam("verl.workers.utils.padding:no_padding_2_padding", ("tensor", "data")),
     Seam("verl.utils.tensordict_utils:get_tensordict", ("tensor_dict", "non_tensor_dict")),
     Seam("verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"),
+)
+PLATFORM = (
     Seam("verl.plugin.platform:PlatformRegistry.register", ("platform",)),
+    Seam("verl.plugin.platform:PlatformRegistry.get", ("name",)),
     Seam("verl.plugin.platform:PlatformBase"),
 )
+
+
+def check_platform() -> None:
+    """Hold the installed verl to what is needed before its engines can be imported.
+
+    Raises:
+        PluginError: names what has changed.
+    """
+    check_seams("verl", TESTED, PLATFORM)
 
 
 def check_trainer() -> None:

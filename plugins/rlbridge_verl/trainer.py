@@ -22,8 +22,13 @@ from rlbridge.roles.source import WeightSource
 from rlbridge.roles.trainer import Trainer, TrainerContext
 from rlbridge_verl.options import VerlTrainerOptions
 
-_METRICS = {"actor/pg_clipfrac": "clip_fraction", "actor/ppo_kl": "ppo_kl", "actor/entropy_loss": "entropy", "kl_loss": "kl"}
-"""verl's metrics, and what they are called in a run. What verl sums over micro-batches is a part of the global mean."""
+_METRICS = {
+    "clip_fraction": "actor/pg_clipfrac",
+    "ppo_kl": "actor/ppo_kl",
+    "entropy": "actor/entropy_loss",
+    "kl": "kl_loss",
+}
+"""What verl's metrics are called in a run. What verl sums over micro-batches is a part of the global mean."""
 
 
 class VerlTrainer(Trainer[VerlTrainerOptions]):
@@ -38,16 +43,19 @@ class VerlTrainer(Trainer[VerlTrainerOptions]):
         self._context, self._options = context, options
         if context.device == "cpu":
             os.environ["VERL_PLATFORM"] = "cpu"  # before verl is imported, which chooses then
+        from rlbridge_verl import seams
+
+        seams.check_platform()
         from rlbridge_verl import cpu_platform
 
         cpu_platform.register()  # before verl's engines are imported, which ask for the platform
-        from rlbridge_verl import engine, seams
-
         seams.check_trainer()
+        from rlbridge_verl import engine
+
         if context.device == "cpu":
             cpu_platform.register_engines()
         dist.init_process_group(
-            "nccl" if context.device == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if context.device == "cuda" else "gloo",  # what verl offloads is reduced on the host
             init_method=context.rendezvous,
             rank=context.rank,
             world_size=context.world_size,
@@ -78,9 +86,7 @@ class VerlTrainer(Trainer[VerlTrainerOptions]):
         batch = self._shared_batch(batch)
         reference_BT = self._reference_logprobs(batch.sequences) if self._context.algorithm.kl_coef > 0 else None
         rows = len(batch.advantages_B)
-        settings = self._settings(rows) | {
-            "calculate_entropy": self._options.calculate_entropy or self._options.entropy_coeff > 0
-        }
+        settings = self._settings(rows) | {"calculate_entropy": self._with_entropy}
         data = batch_as_tensordict(batch, reference_BT, settings)
         lr = float(self._engine.optimizer.param_groups[0]["lr"])
         with self._engine.train_mode():
@@ -187,17 +193,21 @@ class VerlTrainer(Trainer[VerlTrainerOptions]):
 
     def _reduced(self, output: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of the global batch, from those of each data-parallel rank, which one rank of its group has."""
-        names = ["loss", "grad_norm", *_METRICS.values()]
-        values = torch.zeros(len(names) + 1, dtype=torch.float64)
-        there = [True, True, *(name in output["metrics"] for name in _METRICS)]
+        absent = {"entropy": not self._with_entropy, "kl": self._context.algorithm.kl_coef == 0}
+        names = [name for name in _METRICS if not absent.get(name)]
+        values = torch.zeros(len(names) + 3, dtype=torch.float64)
         if self._engine.is_mp_src_rank_with_outputs():
-            found = {ours: _aggregate(output["metrics"][name]) for name, ours in _METRICS.items() if name in output["metrics"]}
-            found |= {"loss": sum(output["loss"]), "grad_norm": output["metrics"]["grad_norm"]}
-            values = torch.tensor([*(found.get(name, 0.0) for name in names), 1.0], dtype=torch.float64)
+            metrics = output["metrics"]
+            own = [sum(output["loss"]), metrics["grad_norm"], *(_aggregate(metrics[_METRICS[name]]) for name in names), 1.0]
+            values = torch.tensor(own, dtype=torch.float64)
         values = values.to(self._context.device)
         dist.all_reduce(values)
         means = (values[:-1] / values[-1]).tolist()
-        return {name: mean for name, mean, known in zip(names, means, there, strict=True) if known}
+        return dict(zip(["loss", "grad_norm", *names], means, strict=True))
+
+    @property
+    def _with_entropy(self) -> bool:
+        return self._options.calculate_entropy or self._options.entropy_coeff > 0
 
 
 def _micro_batch(rows: int, wanted: int) -> int:

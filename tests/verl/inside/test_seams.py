@@ -8,10 +8,11 @@ import pytest
 from verl.workers.engine import BaseEngine
 
 from rlbridge.errors import PluginError
-from rlbridge_verl.seams import check_trainer
+from rlbridge_verl.seams import check_platform, check_trainer
 
 
 def test_the_installed_verl_has_all_that_is_called() -> None:
+    check_platform()
     check_trainer()
 
 
