@@ -8,6 +8,9 @@ from rlbridge import Backend, Capability, Environment, hookimpl
 
 TESTED = "verl>=0.9,<0.10"
 
+_OF_ITS_JOBS = ("cachetools", "fastapi", "pyzmq", "uvicorn")
+"""What a job that verl runs imports besides, and verl leaves to its extras; the trainer needs none of it."""
+
 
 @hookimpl
 def rlbridge_trainers() -> Sequence[Backend]:
@@ -40,7 +43,7 @@ def rlbridge_environments() -> Sequence[Environment]:
                 "omegaconf>=2.3",
                 "torch==2.13.0",
                 "tensordict==0.10.0",
-                "pyzmq",
+                *_OF_ITS_JOBS,
                 "rlbridge[conform,native,nixl]",
             ),
             resolved=("torch",),

@@ -1,4 +1,4 @@
-"""Everything of verl that the trainer calls: another version of verl is told by name what it has changed."""
+"""Everything of verl that is called here, and what it calls: another version of verl is told by name what it has changed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ PLATFORM = (
 )
 
 
+_ENGINE = "verl.checkpoint_engine.base:CheckpointEngine"
+
+WIRE = (
+    Seam("verl.checkpoint_engine.base:CheckpointEngineRegistry.register", ("backend",)),
+    Seam(f"{_ENGINE}.prepare", ("self",)),
+    Seam(f"{_ENGINE}.build_topology", ("actor_wg_world_size", "rollout_world_size", "metadata")),
+    Seam(f"{_ENGINE}.init_process_group", ("self",)),
+    Seam(f"{_ENGINE}.send_weights", ("self", "weights", "global_steps")),
+    Seam(f"{_ENGINE}.receive_weights", ("self", "global_steps")),
+    Seam(f"{_ENGINE}.finalize", ("self",)),
+    Seam("verl.checkpoint_engine.base:CheckpointEngineManager.build_process_group", ("self", "rollout")),
+    Seam("verl.checkpoint_engine.base:CheckpointEngineManager.update_weights", ("self", "global_steps")),
+)
+"""What verl calls of a checkpoint engine, and what calls it."""
+
+
 def check_platform() -> None:
     """Hold the installed verl to what is needed before its engines can be imported.
 
@@ -53,3 +69,12 @@ def check_trainer() -> None:
         PluginError: names what has changed.
     """
     check_seams("verl", TESTED, TRAINER)
+
+
+def check_wire() -> None:
+    """Hold the installed verl to what it has to call of a checkpoint engine.
+
+    Raises:
+        PluginError: names what has changed.
+    """
+    check_seams("verl", TESTED, WIRE)
