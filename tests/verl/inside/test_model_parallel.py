@@ -7,16 +7,15 @@ rank, and gives outputs on the first alone. What it shows is the trainer's part 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from rlbridge_verl.trainer import VerlTrainer
 from tests.models import tiny_qwen3
-from tests.native.ranks import make_batch, on_ranks
+from tests.native.ranks import on_ranks
 from tests.native.training import assert_published_whole, publish, trained
+from tests.verl.inside.tasks import score, stand_in
 
 MEGATRON = {
     "strategy": "megatron",
@@ -26,58 +25,6 @@ MEGATRON = {
     "resources": {"gpus": 1},
     "engine_config": {"use_distributed_optimizer": True},
 }
-
-
-def stand_in() -> None:
-    """Register it, in a rank that has not set up its trainer yet."""
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, McoreEngineConfig, McoreOptimizerConfig
-    from verl.workers.engine import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-
-    class StandInForMegatron(FSDPEngineWithLMHead):  # type: ignore[misc]
-        def __init__(self, engine_config: Any, optimizer_config: Any, **configs: Any) -> None:
-            assert isinstance(engine_config, McoreEngineConfig)
-            assert isinstance(optimizer_config, McoreOptimizerConfig)
-            assert (engine_config.tensor_model_parallel_size, engine_config.use_distributed_optimizer) == (2, True)
-            fsdp = FSDPEngineConfig(
-                strategy="fsdp2",
-                model_dtype="bf16",
-                mixed_precision={"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-                use_torch_compile=False,
-                use_remove_padding=engine_config.use_remove_padding,
-            )
-            adam = FSDPOptimizerConfig(
-                lr=optimizer_config.lr,
-                betas=optimizer_config.betas,
-                weight_decay=optimizer_config.weight_decay,
-                clip_grad=optimizer_config.clip_grad,
-                lr_warmup_steps=optimizer_config.lr_warmup_steps,
-                override_optimizer_config={"eps": optimizer_config.override_optimizer_config["adam_eps"]},
-            )
-            super().__init__(engine_config=fsdp, optimizer_config=adam, **configs)
-
-        def get_data_parallel_size(self) -> int:
-            return 1
-
-        def get_data_parallel_rank(self) -> int:
-            return 0
-
-        def get_data_parallel_group(self) -> Any:
-            return self._group_of_one()
-
-        def is_mp_src_rank_with_outputs(self) -> bool:
-            return bool(self.rank == 0)
-
-        def _group_of_one(self) -> Any:
-            import torch.distributed as dist
-
-            if not hasattr(self, "_own"):
-                groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-                self._own = groups[self.rank]
-            return self._own
-
-    known = EngineRegistry._engines["language_model"].setdefault("megatron", {})
-    known["cpu"] = StandInForMegatron
 
 
 @pytest.fixture
@@ -92,10 +39,6 @@ def test_a_group_of_ranks_is_given_the_rows_of_all(qwen3: Path, tmp_path: Path) 
     assert group[0][0] == group[0][1]
     for a, b in zip(group[0][0], alone[0][0], strict=True):
         assert a == pytest.approx(b, rel=0.02, abs=1e-3)  # bf16: 8 bits, and another order of additions
-
-
-def score(trainer: VerlTrainer) -> Any:
-    return trainer.score(make_batch(rows=4).sequences)
 
 
 def test_scores_are_on_every_rank_of_the_group(qwen3: Path, tmp_path: Path) -> None:

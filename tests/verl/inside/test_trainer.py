@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from rlbridge.errors import CheckpointError, ModelError, RlbridgeError
-from rlbridge.roles.batch import Batch
-from rlbridge_verl.trainer import VerlTrainer
+from rlbridge.errors import ModelError
 from tests.models import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from tests.native.ranks import make_batch, on_ranks
 from tests.native.training import assert_published_whole, publish, trained
+from tests.verl.inside.tasks import break_a_step, forbid_gathers, kl_of_two_steps, load_only, load_the_state, save_the_state
 
 NO_DUAL_CLIP = {"clip_ratio_c": 1e6}
 """verl's loss has a second clip, where the advantage is negative, which the native one has not."""
@@ -68,27 +66,6 @@ def test_entropy_is_reported_where_it_is_asked_for(qwen3: Path, tmp_path: Path) 
     assert verl[0][0]["entropy"] == pytest.approx(native[0][0]["entropy"], rel=1e-3)
 
 
-def _forbid_gathers(trainer: VerlTrainer) -> None:
-    """A full tensor of a sharded parameter is made by this alone."""
-    from torch.distributed.tensor import DTensor
-
-    source = trainer.weights()
-    snapshot = type(source).snapshot
-    full_tensor = DTensor.full_tensor
-
-    def refuse(self: Any, **_: Any) -> Any:
-        raise AssertionError("a tensor was gathered to be published")
-
-    def without_gathers(self: Any, destinations: Any) -> None:
-        DTensor.full_tensor = refuse
-        try:
-            snapshot(self, destinations)
-        finally:
-            DTensor.full_tensor = full_tensor
-
-    type(source).snapshot = without_gathers  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize(
     ("make", "ranks", "dtype"),
     [
@@ -107,7 +84,7 @@ def test_the_ranks_publish_each_saved_element_once(make: Any, ranks: int, dtype:
         tmp_path,
         backend="verl",
         options={"dtype": dtype, "weights": weights},
-        arguments={"path": tmp_path / "saved", "before": _forbid_gathers if weights == "sharded" else None},
+        arguments={"path": tmp_path / "saved", "before": forbid_gathers if weights == "sharded" else None},
     )
     assert {kind for kind, _, _ in results} == {"ShardedSource" if weights == "sharded" else "GatheredSource"}
     assert_published_whole(results, load_file(tmp_path / "saved" / "model.safetensors"))
@@ -142,23 +119,11 @@ def test_adapters_are_published_merged(qwen3: Path, tmp_path: Path) -> None:
     assert moved == projections
 
 
-def kl_of_two_steps(trainer: VerlTrainer) -> list[float]:
-    batch = make_batch().shard(dist.get_rank(), dist.get_world_size())
-    return [trainer.train_step(batch)["kl"] for _ in range(2)]
-
-
 def test_the_reference_of_adapters_is_the_base_without_them(qwen3: Path, tmp_path: Path) -> None:
     options = {"lora_rank": 4, "lora_merge": True}
     first, second = on_ranks(2, kl_of_two_steps, qwen3, tmp_path, backend="verl", kl_coef=0.1, options=options)[0]
     assert first == pytest.approx(0.0, abs=1e-6)
     assert second > 1e-7
-
-
-def break_a_step(trainer: VerlTrainer, path: Path, batch: Batch) -> float:
-    with pytest.raises(RlbridgeError, match="the weights are untouched"):
-        trainer.train_step(batch.shard(dist.get_rank(), dist.get_world_size()))
-    trainer.save(path)
-    return float(trainer.train_step(make_batch().shard(dist.get_rank(), dist.get_world_size()))["lr"])
 
 
 def test_a_loss_that_is_not_finite_leaves_weights_and_schedule_alone(qwen3: Path, tmp_path: Path) -> None:
@@ -169,10 +134,6 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_schedule_alone(qwen3: Path
     before, after = (load_file(path / "model.safetensors") for path in (qwen3, tmp_path / "saved"))
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     assert rates == [pytest.approx(5e-3)] * 2  # the first of two steps of warm-up to 1e-2
-
-
-def load_only(trainer: VerlTrainer) -> None:
-    """Setting it up is what is tested."""
 
 
 def _bert(path: Path) -> Path:
@@ -210,19 +171,6 @@ def _without_a_tensor(path: Path) -> Path:
 def test_what_verl_cannot_train_is_refused_by_name(make: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=said):
         on_ranks(1, load_only, make(tmp_path / "model"), tmp_path, backend="verl")
-
-
-def save_the_state(trainer: VerlTrainer, path: Path) -> None:
-    trainer.train_step(make_batch().shard(dist.get_rank(), dist.get_world_size()))
-    trainer.save_state(path)
-
-
-def load_the_state(trainer: VerlTrainer, path: Path) -> str:
-    try:
-        trainer.load_state(path)
-    except CheckpointError as error:
-        return str(error)
-    return ""
 
 
 def test_the_state_of_another_number_of_ranks_is_refused(qwen3: Path, tmp_path: Path) -> None:
