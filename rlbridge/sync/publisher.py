@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from rlbridge.backend import Backend
 from rlbridge.errors import DeadlineError, LayoutError, LeaseError, StaleVersionError, SyncError, TransportError
 from rlbridge.plugins import registry
 from rlbridge.roles.source import WeightSource
@@ -269,6 +270,17 @@ class Publisher:
         if self._transport is None:
             raise SyncError("no epoch is open", role="trainer", rank=self.name)
         return self._transport
+
+
+def transport_backend(spec: TransportSpec) -> Backend:
+    """What the spec names, its options looked at. Imports no transport.
+
+    Raises:
+        PluginError: there is no such transport.
+        ValidationError: it has no such option, or another value is wanted.
+    """
+    registry().options_model("transport", spec.backend).model_validate(spec.options)
+    return registry().backend("transport", spec.backend)
 
 
 def open_transport(spec: TransportSpec, name: str, side: Literal["source", "sink"], epoch: int, device: str) -> Transport[Any]:

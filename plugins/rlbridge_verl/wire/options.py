@@ -1,4 +1,4 @@
-"""What `checkpoint_engine.engine_kwargs.rlbridge` can say. Imports no framework."""
+"""What `checkpoint_engine.engine_kwargs.rlbridge` can say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlbridge.backend import Capability
 from rlbridge.errors import ConfigError
-from rlbridge.plugins import registry
+from rlbridge.sync.messages import TransportSpec
+from rlbridge.sync.publisher import transport_backend
 
 WHERE = "actor_rollout_ref.rollout.checkpoint_engine.engine_kwargs.rlbridge"
 
@@ -40,17 +41,17 @@ def wire_options(given: Mapping[str, Any]) -> WireOptions:
     """
     try:
         options = WireOptions.model_validate(given)
-        registry().options_model("transport", options.transport).model_validate(transport_fields(options))
+        backend = transport_backend(transport_spec(options))
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{WHERE}: {found}", todo=f"options: {', '.join(WireOptions.model_fields)}") from error
-    if Capability.ONE_SIDED not in registry().backend("transport", options.transport).capabilities:
+    if Capability.ONE_SIDED not in backend.capabilities:
         raise ConfigError(f"{WHERE}: transport {options.transport!r} is not one-sided", todo="use nixl")
     if options.transport_options.get("operation") == "write":
         raise ConfigError(f"{WHERE}: the rollout workers read; operation=write is not for them", todo="leave operation out")
     return options
 
 
-def transport_fields(options: WireOptions) -> dict[str, Any]:
-    """The transport's section, as a run would have it."""
-    return {"backend": options.transport, **options.transport_options}
+def transport_spec(options: WireOptions) -> TransportSpec:
+    """The transport, as a session would be told of it."""
+    return TransportSpec(options.transport, {"backend": options.transport, **options.transport_options})

@@ -11,14 +11,13 @@ import torch
 
 from rlbridge.errors import DigestError, StaleVersionError
 from rlbridge.roles.transport import Transport
-from rlbridge.sync.messages import TransportSpec
 from rlbridge.sync.publisher import open_transport, synchronize
 from rlbridge.weights.arena import Arena
 from rlbridge.weights.digest import BYTES, digests
 from rlbridge.weights.layout import TensorMeta
 from rlbridge_verl.wire.meeting import SETUP, Correspondent, names_of
 from rlbridge_verl.wire.messages import Digests, Done, Published, SinkOpened, SourceOpened
-from rlbridge_verl.wire.options import WireOptions, transport_fields
+from rlbridge_verl.wire.options import WireOptions, transport_spec
 from rlbridge_verl.wire.shares import Round, Share, bytes_of, shares_of
 from rlbridge_verl.wire.source import copies_of
 
@@ -89,8 +88,7 @@ class Sink:
         self._shares = shares_of(self._tensors, len(self._sources), self._round_bytes)
         size = len(self._sources) * self._round_bytes
         self._buckets = [Arena(size, self._device) for _ in range(2)]
-        spec = TransportSpec(self._options.transport, transport_fields(self._options))
-        transport = open_transport(spec, self._party.name, "sink", 1, self._device)
+        transport = open_transport(transport_spec(self._options), self._party.name, "sink", 1, self._device)
         self._transport = transport
         address = transport.open([bucket.tensor for bucket in self._buckets])
         await self._party.put(SETUP, f"opened/{self._party.name}", SinkOpened(address))

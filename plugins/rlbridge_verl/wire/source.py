@@ -11,14 +11,13 @@ import torch
 
 from rlbridge.errors import LayoutError
 from rlbridge.roles.transport import Copy, Transport
-from rlbridge.sync.messages import TransportSpec
 from rlbridge.sync.publisher import open_transport, synchronize
 from rlbridge.weights.arena import Arena
 from rlbridge.weights.digest import digests
 from rlbridge.weights.layout import TensorMeta
 from rlbridge_verl.wire.meeting import SETUP, Correspondent, names_of
 from rlbridge_verl.wire.messages import Digests, Done, Published, SinkOpened, SourceOpened
-from rlbridge_verl.wire.options import WireOptions, transport_fields
+from rlbridge_verl.wire.options import WireOptions, transport_spec
 from rlbridge_verl.wire.shares import Owners, Share, shares_of
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -102,8 +101,7 @@ class Source:
             self._places[index] = arena.view(offset, own[index].numel() * own[index].itemsize, meta.dtype, meta.shape)
             self._places[index].copy_(own[index])
         own.clear()
-        spec = TransportSpec(self._options.transport, transport_fields(self._options))
-        transport = open_transport(spec, self._party.name, "source", 1, device)
+        transport = open_transport(transport_spec(self._options), self._party.name, "source", 1, device)
         self._arena, self._transport = arena, transport
         address = transport.open([arena.tensor])
         opened = SourceOpened(address, self._tensors if self._rank == 0 else [])
