@@ -24,6 +24,7 @@ class Environment:
         variables: Environment variables of every process that runs in it, unless the config sets them.
         site: "package:folder" of modules that only this environment has: it is put on its path, and its .pth files count.
         modules: What must be importable in it: `rlbridge env check` imports them.
+        python: Python's minor version, such as "3.11", where what it pins exists for that one alone.
         distribution: The distribution that brings it; it is put into the environment beside rlbridge's own.
     """
 
@@ -37,4 +38,5 @@ class Environment:
     variables: Mapping[str, str] = field(default_factory=dict)
     site: str = ""
     modules: tuple[str, ...] = ()
+    python: str = ""
     distribution: str = "rlbridge"

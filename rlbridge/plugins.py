@@ -43,6 +43,7 @@ _BUILT_IN = {
     "rlbridge_sglang": "rlbridge_sglang",
     "rlbridge_openai": "rlbridge_openai",
     "rlbridge_verl": "rlbridge_verl",
+    "rlbridge_openrlhf": "rlbridge_openrlhf",
 }
 _ENVIRONMENT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # it begins the name of a directory
 _FILE_TARGET = re.compile(r"[^\W\d][\w.]*:[\w][\w./-]*")

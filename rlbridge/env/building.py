@@ -30,8 +30,9 @@ def build(environment: Environment, tell: Tell) -> Path:
 
     Raises:
         BuildError: it could not be made. It does not count as built.
-        PluginError: its lock is missing or cannot be used, or there is no uv.
+        PluginError: its lock is missing or cannot be used, it is for another Python, or there is no uv.
     """
+    _check_python(environment)
     lock, prefix = lock_text(environment), directory(environment)
     brought = wanted(environment.distribution)
     _check_lock(environment, lock, set(brought))
@@ -62,6 +63,15 @@ def build(environment: Environment, tell: Tell) -> Path:
 def _has(prefix: Path, brought: dict[str, str]) -> bool:
     stamp = read_stamp(prefix)
     return stamp is not None and brought.items() <= stamp.brought.items()
+
+
+def _check_python(environment: Environment) -> None:
+    here = driver.minor(driver.python_version())
+    if environment.python not in ("", here):
+        raise PluginError(
+            f"the environment {environment.name!r} is for Python {environment.python} alone, and this is {here}",
+            todo=f"install rlbridge in a Python {environment.python}: all processes of a Ray session share its minor version",
+        )
 
 
 def _check_lock(environment: Environment, lock: str, brought: set[str]) -> None:

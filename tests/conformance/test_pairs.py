@@ -22,6 +22,7 @@ _NATIVE = ["--trainer", "native", "--generator", "native"]
 
 _GLOO, _RDT_NIXL = (["--transport", "rdt", f"transport.tensor_transport={wire}"] for wire in ("gloo", "nixl"))
 _VLLM, _SGLANG = (["--trainer", "native", "--generator", name, "--transport", "nixl"] for name in ("vllm", "sglang"))
+_VERL, _OPENRLHF = (["--trainer", name, "--generator", "native", "--transport", "nixl"] for name in ("verl", "openrlhf"))
 RUNS = {
     "nixl": [*_NATIVE, "--transport", "nixl", "--level", "faults"],
     "object_store": ["--transport", "object_store", "--level", "contract"],
@@ -34,8 +35,21 @@ RUNS = {
     "vllm": [*_VLLM, "--level", "faults"],
     "vllm, two ranks": [*_VLLM, "generator.tensor_parallel=2", "--level", "sync"],
     "sglang": [*_SGLANG, "--level", "sync"],
+    "verl": [*_VERL, "--level", "sync"],
+    "openrlhf": [*_OPENRLHF, "--level", "sync"],
+    # What either of the two is held to alone is checked above.
+    "verl, vllm": ["--trainer", "verl", "--generator", "vllm", "--transport", "nixl", "--from", "sync"],
+    "openrlhf, sglang": ["--trainer", "openrlhf", "--generator", "sglang", "--transport", "nixl", "--from", "sync"],
 }
-ENVIRONMENTS = {"vllm": "vllm-cpu", "vllm, two ranks": "vllm-cpu", "sglang": "sglang-cpu"}
+ENVIRONMENTS = {
+    "vllm": ["vllm-cpu"],
+    "vllm, two ranks": ["vllm-cpu"],
+    "sglang": ["sglang-cpu"],
+    "verl": ["verl"],
+    "openrlhf": ["openrlhf"],
+    "verl, vllm": ["verl", "vllm-cpu"],
+    "openrlhf, sglang": ["openrlhf", "sglang-cpu"],
+}
 WIRES = {
     "nixl": "cma",
     "object_store": "plasma",
@@ -69,13 +83,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
         return report, *conform(place, *RUNS[name], "--report", str(report))
 
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name) for name in RUNS if name not in ENVIRONMENTS or is_built(ENVIRONMENTS[name])}
+        yield {name: pool.submit(run, name) for name in RUNS if all(map(is_built, ENVIRONMENTS.get(name, [])))}
 
 
 @pytest.mark.parametrize("name", WIRES)
 def test_a_pair_passes_what_this_machine_can_run(runs: dict[str, Future[tuple[Path, int, str]]], name: str) -> None:
-    if name in ENVIRONMENTS:
-        python_in(ENVIRONMENTS[name])
+    for environment in ENVIRONMENTS.get(name, []):
+        python_in(environment)
     report, code, said = runs[name].result()
     result = read_result(report)
     bad = [check for check in result.checks if check.state in ("fail", "error")]

@@ -110,6 +110,16 @@ def test_what_is_resolved_has_to_be_in_the_lock(declare: Declare) -> None:
     assert "rlbridge env lock wide" in caught.value.todo
 
 
+def test_an_environment_for_another_python_is_not_built(declare: Declare, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = declare("tiny", TINY, python="3.11")
+    monkeypatch.setattr(driver, "python_version", lambda: "3.12.4")
+    with pytest.raises(PluginError, match=r"'tiny' is for Python 3\.11 alone, and this is 3\.12") as caught:
+        build(environment, quiet)
+    assert "install rlbridge in a Python 3.11" in caught.value.todo
+    monkeypatch.setattr(driver, "python_version", lambda: "3.11.9")
+    building._check_python(environment)
+
+
 def test_ray_is_the_drivers_whatever_the_lock_says(declare: Declare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "ray_version", lambda: "0.2")
     prefix = build(declare("rays", "ray==0.1\npebble==1.0\n"), quiet)

@@ -24,6 +24,7 @@ _processes.set_forkserver_preload(
         "rlbridge.weights.plan",
         "torch.distributed.checkpoint",
         "rlbridge_verl.engine",  # where verl is installed; what cannot be imported is passed over
+        "rlbridge_openrlhf.trainer",
         *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_moe", "llama")),
     ]
 )
