@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
-from rlbridge.errors import RlbridgeError, StaleVersionError
-from rlbridge.weights.plan import ALIGNMENT
+from rlbridge.errors import StaleVersionError, SyncError
 from rlbridge_verl import seams
-from rlbridge_verl.wire.meeting import Correspondent, Meeting
+from rlbridge_verl.wire.meeting import Correspondent, Meeting, names_of
 from rlbridge_verl.wire.options import wire_options
 from rlbridge_verl.wire.sink import Sink
 from rlbridge_verl.wire.source import Source, Weights
 
 NAME = "rlbridge"
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Epoch:
+    """What a worker holds as long as the set of workers stays. `turn` counts its syncs."""
+
+    name: str
+    party: Correspondent
+    end: Source | Sink
+    turn: int = 0
+    syncing: bool = False
 
 
 @CheckpointEngineRegistry.register(NAME)
@@ -40,26 +52,24 @@ class RlbridgeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     def __init__(self, bucket_size: int, is_master: bool = False, **options: Any) -> None:
         seams.check_wire()
         self._options = wire_options(options)
-        self._bucket = bucket_size
+        self._bucket_bytes = bucket_size
         self._worker = uuid.uuid4().hex
-        self._epoch = ""
-        self._party: Correspondent | None = None
-        self._end: Source | Sink | None = None
-        self._quarantine: list[Sink] = []
-        self._turn = 0
+        self._epoch: _Epoch | None = None
+        self._quarantine: list[Source | Sink] = []
         self._version: int | None = None
 
     def prepare(self) -> dict[str, str]:
-        """Who this worker is, and the epoch that it can go on with, if any."""
-        return {"worker": self._worker, "epoch": self._epoch}
+        """Who this worker is, and the epoch that it can go on with, if any: not one whose last sync is not over here."""
+        epoch = self._epoch
+        return {"worker": self._worker, "epoch": "" if epoch is None or epoch.syncing else epoch.name}
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: Sequence[dict[str, str]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         """The epoch that all workers have, or a new one with a meeting place."""
-        members = hashlib.sha256("".join(m["worker"] for m in metadata).encode()).hexdigest()[:16]
-        epochs = {m["epoch"] for m in metadata}
+        members = hashlib.sha256("".join(each["worker"] for each in metadata).encode()).hexdigest()[:16]
+        epochs = {each["epoch"] for each in metadata}
         epoch, meeting = next(iter(epochs)), None
         if len(epochs) > 1 or not epoch.startswith(members):
             epoch = f"{members}-{uuid.uuid4().hex[:8]}"
@@ -74,18 +84,17 @@ class RlbridgeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
     def init_process_group(self, side: str, index: int, sizes: tuple[int, int], epoch: str, meeting: Any) -> None:
         """Begin the epoch, unless this worker is in it."""
-        if epoch == self._epoch:
+        if self._epoch is not None and epoch == self._epoch.name:
             return
         self._leave()
-        trainers, rollouts = sizes
+        trainers, rollouts = names_of("trainer", sizes[0]), names_of("rollout", sizes[1])
         party = Correspondent(meeting, f"{side}[{index}]")
-        round_bytes = max(self._bucket // trainers // ALIGNMENT * ALIGNMENT, ALIGNMENT)
         if side == "trainer":
-            self._end = Source(party, self._options, round_bytes, index, trainers, rollouts)
+            end: Source | Sink = Source(party, self._options, self._bucket_bytes, trainers, rollouts)
         else:
             device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-            self._end = Sink(party, self._options, round_bytes, trainers, device)
-        self._party, self._epoch, self._turn = party, epoch, 0
+            end = Sink(party, self._options, self._bucket_bytes, trainers, device)
+        self._epoch = _Epoch(epoch, party, end)
 
     async def send_weights(self, weights: Weights, global_steps: int | None = None) -> dict[str, float]:
         """Publish the weights, which is collective over the trainer's ranks, and wait until every rollout worker has them.
@@ -93,32 +102,43 @@ class RlbridgeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         Raises:
             StaleVersionError: `global_steps` is older than what was sent before.
         """
-        end = self._end
-        assert isinstance(end, Source)
-        self._turn += 1
-        try:
+        with self._sync() as (epoch, end):
+            assert isinstance(end, Source)
             version = self._next(global_steps)
-            metrics = await end.send(weights, self._turn, version)
-        except BaseException as error:
-            await self._fail(error)
-            raise
-        self._version = version
-        return metrics
+            metrics = await end.send(weights, epoch.turn, version)
+            self._version = version
+            return metrics
 
-    async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
+    async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
         """Each tensor of the version, verified."""
-        end = self._end
-        assert isinstance(end, Sink)
-        self._turn += 1
-        try:
-            async for name, tensor in end.receive(self._turn, global_steps):
-                yield name, tensor
-        except BaseException as error:
-            await self._fail(error)
-            raise
+        with self._sync() as (epoch, end):
+            assert isinstance(end, Sink)
+            async with contextlib.aclosing(end.receive(epoch.turn, global_steps)) as tensors:
+                async for name, tensor in tensors:
+                    yield name, tensor
 
     def finalize(self) -> None:
         """The epoch stays, for the next sync."""
+
+    @contextlib.contextmanager
+    def _sync(self) -> Iterator[tuple[_Epoch, Source | Sink]]:
+        """One sync of the epoch. If it fails here, the epoch is over, and the others are told why."""
+        epoch = self._epoch
+        if epoch is None:
+            raise SyncError("no epoch has begun", todo="verl's CheckpointEngineManager begins one")
+        epoch.turn += 1
+        epoch.syncing = True
+        try:
+            yield epoch, epoch.end
+        except GeneratorExit:
+            epoch.party.fail(SyncError("the rollout stopped taking weights before it had all", phase="receive"))
+            self._leave(epoch)
+            raise
+        except BaseException as error:
+            epoch.party.fail(error)
+            self._leave(epoch)
+            raise
+        epoch.syncing = False
 
     def _next(self, version: int | None) -> int:
         """The version that is asked for, or the next one. verl sends one again after it has been resumed."""
@@ -134,21 +154,10 @@ class RlbridgeCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             )
         return version
 
-    async def _fail(self, error: BaseException) -> None:
-        """Leave the epoch, and tell the others why."""
-        party = self._party
-        self._leave()
-        if party is None:
-            return
-        try:
-            await party.fail(error)
-        except RlbridgeError as second:
-            _log.warning("%s could not tell the others of its failure: %s", party.name, second)
-
-    def _leave(self) -> None:
-        self._quarantine = [sink for sink in self._quarantine if not sink.close()]
-        if isinstance(self._end, Source):
-            self._end.close()
-        elif self._end is not None and not self._end.close():
-            self._quarantine.append(self._end)
-        self._end, self._party, self._epoch = None, None, ""
+    def _leave(self, epoch: _Epoch | None = None) -> None:
+        """End an epoch here, the current one if none is given; what a late read may still write into is kept."""
+        leaving = epoch or self._epoch
+        if self._epoch is leaving:
+            self._epoch = None
+        ends = [*self._quarantine, *([leaving.end] if leaving else [])]
+        self._quarantine = [end for end in ends if not end.close()]

@@ -43,7 +43,7 @@ class Meeting:
     async def put(self, turn: int, name: str, message: bytes) -> None:
         """Leave a message. What was left for earlier syncs is forgotten."""
         async with self._changed:
-            self._left = {key: value for key, value in self._left.items() if key[0] in (SETUP, turn)}
+            self._left = {key: value for key, value in self._left.items() if key[0] == SETUP or key[0] >= turn}
             self._left[turn, name] = message
             self._changed.notify_all()
 
@@ -73,9 +73,9 @@ class Correspondent:
         self.name = name
         self._meeting = meeting
 
-    async def put(self, turn: int, name: str, message: object) -> None:
-        """Leave a message."""
-        await self._called(self._meeting.put.remote(turn, name, msgspec.msgpack.encode(message)), _LATE_SECONDS)
+    def put(self, turn: int, name: str, message: object) -> None:
+        """Leave a message. Nothing is waited for: that it cannot be left, the next `get` says."""
+        self._meeting.put.remote(turn, name, msgspec.msgpack.encode(message))
 
     async def get(self, turn: int, names: Mapping[str, str], kind: type[T], limit: float, phase: str) -> list[T]:
         """The messages of those names, in order; each is mapped to the peer that leaves it.
@@ -100,11 +100,13 @@ class Correspondent:
             )
         return [msgspec.msgpack.decode(answer.found[name], type=kind) for name in names]
 
-    async def fail(self, error: BaseException) -> None:
-        """Tell the others, who would wait for what does not come."""
-        told = error if isinstance(error, RlbridgeError) else RlbridgeError(f"{type(error).__name__}: {error}")
-        told.at(rank=self.name)
-        await self._called(self._meeting.fail.remote(msgspec.msgpack.encode(to_wire(told))), _LATE_SECONDS)
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, who would wait for what does not come. Nothing is waited for."""
+        if isinstance(error, RlbridgeError):
+            error.at(rank=self.name)
+        told = to_wire(error)
+        place = told.where if isinstance(error, RlbridgeError) else {"rank": self.name}
+        self._meeting.fail.remote(msgspec.msgpack.encode(msgspec.structs.replace(told, where=place)))
 
     async def _called(self, reference: Any, seconds: float) -> Any:
         try:

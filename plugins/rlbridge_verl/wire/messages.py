@@ -8,10 +8,15 @@ from rlbridge.weights.layout import TensorMeta
 
 
 class SourceOpened(msgspec.Struct, frozen=True):
-    """A trainer rank's arena is registered; the first rank says what the model consists of, in the order of verl's export."""
+    """A trainer rank's arena is registered.
+
+    `listing` is the digest of what verl exports on this rank; the first rank gives the list itself.
+    """
 
     address: bytes
-    tensors: list[TensorMeta] = []
+    bucket_bytes: int
+    listing: bytes
+    tensors: list[TensorMeta]
 
 
 class SinkOpened(msgspec.Struct, frozen=True):
@@ -20,16 +25,11 @@ class SinkOpened(msgspec.Struct, frozen=True):
     address: bytes
 
 
-class Published(msgspec.Struct, frozen=True):
-    """A trainer rank's arena holds all of its part of `version`."""
+class Filled(msgspec.Struct, frozen=True):
+    """A trainer rank's stripes of a bucket hold `version`: one digest for each of them, joined."""
 
     version: int
-
-
-class Digests(msgspec.Struct, frozen=True):
-    """One digest for each round of a trainer rank's arena, joined."""
-
-    joined: bytes
+    digests: bytes
 
 
 class Done(msgspec.Struct, frozen=True):

@@ -1,157 +1,189 @@
-"""A trainer rank's end: its share of each version in one arena, which the rollout workers read."""
+"""A trainer rank's end: its stripes of each version in one arena, which the rollout workers read."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import torch
 
 from rlbridge.errors import LayoutError
-from rlbridge.roles.transport import Copy, Transport
-from rlbridge.sync.publisher import open_transport, synchronize
+from rlbridge.roles.transport import Transport
+from rlbridge.sync.publisher import open_transport, synchronize, use_device
 from rlbridge.weights.arena import Arena
 from rlbridge.weights.digest import digests
-from rlbridge.weights.layout import TensorMeta
-from rlbridge_verl.wire.meeting import SETUP, Correspondent, names_of
-from rlbridge_verl.wire.messages import Digests, Done, Published, SinkOpened, SourceOpened
+from rlbridge.weights.layout import DTYPE_BYTES, TensorMeta
+from rlbridge_verl.wire.buckets import Packing, Piece, bytes_of, copies_of
+from rlbridge_verl.wire.meeting import SETUP, Correspondent
+from rlbridge_verl.wire.messages import Done, Filled, SinkOpened, SourceOpened
 from rlbridge_verl.wire.options import WireOptions, transport_spec
-from rlbridge_verl.wire.shares import Owners, Share, shares_of
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class Source:
-    """Trainer rank `rank` of `ranks`, for one epoch with `sinks` rollout workers."""
+    """The trainer rank `party.name` of `sources`, for one epoch with `sinks`. Buckets hold `bucket_bytes`."""
 
     def __init__(
-        self, correspondent: Correspondent, options: WireOptions, round_bytes: int, rank: int, ranks: int, sinks: int
+        self, party: Correspondent, options: WireOptions, bucket_bytes: int, sources: Sequence[str], sinks: Sequence[str]
     ) -> None:
-        self._party = correspondent
+        self._party = party
         self._options = options
-        self._round_bytes = round_bytes
-        self._rank, self._ranks = rank, ranks
-        self._sinks = names_of("rollout", sinks)
+        self._bucket_bytes = bucket_bytes
+        self._sources, self._sinks = sources, sinks
+        self._rank = sources.index(party.name)
+        self._packing = Packing(len(sources), bucket_bytes)
         self._tensors: list[TensorMeta] = []
-        self._share: Share | None = None
-        self._places: dict[int, torch.Tensor] = {}
-        self._arena: Arena | None = None
+        self._places: list[list[tuple[Piece, torch.Tensor]]] = []  # where this rank's pieces of each tensor go
+        self._stripes: list[list[torch.Tensor]] = []  # this rank's, of each bucket
+        self._device = "cpu"
         self._transport: Transport[Any] | None = None
+        self._teller = ThreadPoolExecutor(1, thread_name_prefix="rlbridge-filled")
 
     async def send(self, weights: Weights, turn: int, version: int) -> dict[str, float]:
-        """Take this rank's share out of `weights`, which is collective, and let the rollout workers read it.
+        """Take this rank's stripes out of `weights`, which is collective, and wait until every rollout worker has them.
+
+        A bucket is read as soon as it is complete, while the next one is being gathered.
 
         Returns seconds and bytes, under the names that verl logs.
         """
         start = time.monotonic()
-        limit = start + self._options.deadline_seconds
-        if self._share is None:
-            await self._open(self._collect(weights))
+        setup = 0.0
+        if self._transport is None:
+            own = self._collect(weights)
+            gathered = time.monotonic()
+            await self._open(own)
+            setup = time.monotonic() - gathered
+            told = [self._tell(turn, version, number) for number in range(len(self._stripes))]
         else:
-            self._take_again(weights)
-        arena, share = self._arena, self._share
-        assert arena is not None
-        assert share is not None
-        synchronize(str(arena.tensor.device))
-        gathered = time.monotonic()
-        await self._party.put(turn, f"published/{self._party.name}", Published(version))
-        rounds = [arena.tensor[r.offset : r.offset + r.nbytes] for r in share.rounds]
-        joined = b"".join(await asyncio.to_thread(digests, rounds))
-        await self._party.put(turn, f"digests/{self._party.name}", Digests(joined))
-        done = await self._party.get(turn, {f"done/{s}": s for s in self._sinks}, Done, limit, "receive")
-        end = time.monotonic()
+            told = [self._tell(turn, version, number) for number in self._refill(weights)]
+            gathered = time.monotonic()
+        for each in told:
+            await asyncio.wrap_future(each)
+        limit = start + setup + self._options.deadline_seconds
+        done = await self._party.get(turn, {f"done/{sink}": sink for sink in self._sinks}, Done, limit, "receive")
         return {
             "rlbridge/gather_seconds": gathered - start,
-            "rlbridge/wire_seconds": end - gathered,
+            "rlbridge/setup_seconds": setup,
+            "rlbridge/wire_seconds": time.monotonic() - gathered - setup,
             "rlbridge/bytes": float(sum(each.nbytes for each in done)),
             "rlbridge/version": float(version),
         }
 
-    def close(self) -> None:
-        """Deregister the arena; a worker that reads late finds nothing to read."""
+    def close(self) -> bool:
+        """Deregister the arena; a worker that reads late finds nothing to read. True: nobody writes into it."""
+        self._teller.shutdown(wait=False, cancel_futures=True)
         if self._transport is not None:
             self._transport.close()
-        self._transport = self._arena = None
-        self._places = {}
+        self._transport, self._places, self._stripes = None, [], []
+        return True
 
     @torch.no_grad()
-    def _collect(self, weights: Weights) -> dict[int, torch.Tensor]:
-        """The tensors that this rank owns, cast and copied, as the model's whole list becomes known."""
-        owners, own = Owners(self._ranks), {}
-        for index, (name, tensor) in enumerate(weights):
-            dtype = self._wire_dtype(tensor)
-            self._tensors.append(TensorMeta(name, tuple(tensor.shape), str(dtype).removeprefix("torch.")))
-            if owners.next(tensor.numel() * dtype.itemsize) == self._rank:
-                own[index] = tensor.detach().to(dtype, copy=True)
+    def _collect(self, weights: Weights) -> list[list[tuple[Piece, torch.Tensor]]]:
+        """Copies of this rank's pieces of each tensor, as the model's whole list becomes known."""
+        own: list[list[tuple[Piece, torch.Tensor]]] = []
+        for name, tensor in weights:
+            meta = self._described(name, tensor)
+            pieces = self._packing.add(bytes_of(meta))
+            self._tensors.append(meta)
+            mine = [piece for piece in pieces if piece.rank == self._rank]
+            own.append([(piece, _cut(piece, meta, tensor).to(getattr(torch, meta.dtype), copy=True)) for piece in mine])
         if not self._tensors:
             raise LayoutError("verl exported no weights", rank=self._party.name, phase="gather")
         return own
 
-    async def _open(self, own: dict[int, torch.Tensor]) -> None:
+    async def _open(self, own: list[list[tuple[Piece, torch.Tensor]]]) -> None:
         """Arena, registration and connection, once; `own` goes into the arena."""
         limit = time.monotonic() + self._options.setup_seconds
-        shares = shares_of(self._tensors, self._ranks, self._round_bytes)
-        share = shares[self._rank]
-        device = str(next(iter(own.values())).device) if own else "cpu"
-        arena = Arena(share.nbytes, device)
-        for index, offset in share.offsets.items():
-            meta = self._tensors[index]
-            self._places[index] = arena.view(offset, own[index].numel() * own[index].itemsize, meta.dtype, meta.shape)
-            self._places[index].copy_(own[index])
-        own.clear()
-        transport = open_transport(transport_spec(self._options), self._party.name, "source", 1, device)
-        self._arena, self._transport = arena, transport
-        address = transport.open([arena.tensor])
-        opened = SourceOpened(address, self._tensors if self._rank == 0 else [])
-        await self._party.put(SETUP, f"opened/{self._party.name}", opened)
-        sinks = await self._party.get(SETUP, {f"opened/{s}": s for s in self._sinks}, SinkOpened, limit, "set-up")
-        addresses = {name: sink.address for name, sink in zip(self._sinks, sinks, strict=True)}
-        copies = [
-            copy for sink in self._sinks for copy in copies_of(share, self._party.name, self._rank, sink, self._round_bytes)
+        self._device = next((str(copy.device) for copies in own for _, copy in copies), "cpu")
+        arena = Arena(self._packing.arena_bytes(self._rank), self._device)
+        for meta, copies in zip(self._tensors, own, strict=True):
+            self._places.append([])
+            for piece, copy in copies:
+                place = arena.view(piece.source_offset, piece.nbytes, meta.dtype, tuple(copy.shape))
+                place.copy_(copy)
+                self._places[-1].append((piece, place))
+            copies.clear()
+        self._stripes = [
+            [arena.tensor[s.source_offset : s.source_offset + s.nbytes] for s in stripes if s.rank == self._rank]
+            for stripes in self._packing.stripes
         ]
-        await asyncio.to_thread(transport.connect, addresses, copies)
-        self._share = share
+        transport = open_transport(transport_spec(self._options), self._party.name, "source", 1, self._device)
+        try:
+            await self._connect(transport, transport.open([arena.tensor]), limit)
+        except BaseException:
+            transport.close()
+            raise
+        self._transport = transport
+
+    async def _connect(self, transport: Transport[Any], address: bytes, limit: float) -> None:
+        listed = msgspec.msgpack.encode(self._tensors)
+        opened = SourceOpened(
+            address, self._bucket_bytes, hashlib.sha256(listed).digest(), self._tensors if self._rank == 0 else []
+        )
+        self._party.put(SETUP, f"opened/{self._party.name}", opened)
+        sinks = await self._party.get(SETUP, {f"opened/{sink}": sink for sink in self._sinks}, SinkOpened, limit, "set-up")
+        addresses = {name: sink.address for name, sink in zip(self._sinks, sinks, strict=True)}
+        copies = [copy for sink in self._sinks for copy in copies_of(self._packing, self._sources, sink)]
+        await asyncio.to_thread(transport.connect, addresses, [copy for copy in copies if copy.source == self._party.name])
 
     @torch.no_grad()
-    def _take_again(self, weights: Weights) -> None:
-        """Copy this rank's tensors into their places, as they come by; all are looked at, on every rank."""
-        count = 0
-        for index, (name, tensor) in enumerate(weights):
-            known = self._tensors[index] if index < len(self._tensors) else None
-            found = TensorMeta(name, tuple(tensor.shape), str(self._wire_dtype(tensor)).removeprefix("torch."))
-            if found != known:
-                before = repr(known.name) if known else "nothing"
-                raise LayoutError(
-                    f"verl exports {name!r} {list(tensor.shape)} {found.dtype}, and exported {before} there before",
-                    rank=self._party.name,
-                    tensor=name,
-                    todo="the next update_weights begins anew, with what is exported then",
-                )
-            if index in self._places:
-                self._places[index].copy_(tensor)
-            count += 1
+    def _refill(self, weights: Weights) -> Iterator[int]:
+        """Copy this rank's pieces into their places as the tensors come by, and give out each bucket that is complete.
+
+        All tensors are looked at, on every rank.
+        """
+        complete = [*self._packing.begins[1:], len(self._packing.stripes)]  # how many buckets are, after each tensor
+        count = bucket = 0
+        for count, (name, tensor) in enumerate(weights, start=1):
+            known = self._tensors[count - 1] if count <= len(self._tensors) else None
+            found = self._described(name, tensor)
+            if known != found:
+                there = f"{known.name!r} {list(known.shape)} {known.dtype}" if known else "nothing"
+                raise self._changed(f"{name!r} {list(found.shape)} {found.dtype}, where there was {there}", name)
+            for piece, place in self._places[count - 1]:
+                place.copy_(_cut(piece, found, tensor))
+            yield from range(bucket, complete[count - 1])
+            bucket = complete[count - 1]
         if count != len(self._tensors):
-            raise LayoutError(
-                f"verl exported {count} tensors, and {len(self._tensors)} in the syncs before",
-                rank=self._party.name,
-                tensor=self._tensors[count].name,
-                todo="the next update_weights begins anew, with what is exported then",
-            )
+            raise self._changed(f"{count} tensors, where there were {len(self._tensors)}", self._tensors[count].name)
 
-    def _wire_dtype(self, tensor: torch.Tensor) -> torch.dtype:
-        wanted = self._options.dtype
+    def _changed(self, what: str, tensor: str) -> LayoutError:
+        return LayoutError(
+            f"verl exports {what} in the syncs before",
+            rank=self._party.name,
+            phase="gather",
+            tensor=tensor,
+            todo="the next update_weights begins anew, with what is exported then",
+        )
+
+    def _tell(self, turn: int, version: int, bucket: int) -> Future[None]:
+        """On a thread: let the rollout workers know that a bucket is complete here, and the digests of its stripes."""
+
+        def tell() -> None:
+            use_device(self._device)
+            synchronize(self._device)
+            filled = Filled(version, b"".join(digests(stripes)))
+            self._party.put(turn, f"{bucket}/{self._party.name}", filled)
+
+        stripes = self._stripes[bucket]
+        return self._teller.submit(tell)
+
+    def _described(self, name: str, tensor: torch.Tensor) -> TensorMeta:
+        """The tensor as it travels."""
+        dtype, wanted = str(tensor.dtype).removeprefix("torch."), self._options.dtype
         # What has 8 bits means nothing without its scales, and is never cast.
-        if wanted is None or not tensor.is_floating_point() or tensor.itemsize == 1:
-            return tensor.dtype
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
+        if wanted is not None and tensor.is_floating_point() and tensor.itemsize > 1:
+            dtype = wanted
+        return TensorMeta(name, tuple(tensor.shape), dtype)
 
 
-def copies_of(share: Share, source: str, rank: int, sink: str, round_bytes: int) -> list[Copy]:
-    """What `sink` reads of one trainer rank: each round is a slot, into one of two buckets in turns."""
-    return [
-        Copy(source, sink, number, 0, each.offset, number % 2, rank * round_bytes, each.nbytes)
-        for number, each in enumerate(share.rounds)
-        if each.nbytes
-    ]
+def _cut(piece: Piece, meta: TensorMeta, tensor: torch.Tensor) -> torch.Tensor:
+    """The elements that are to fill a piece, in the tensor's own dtype."""
+    itemsize = DTYPE_BYTES[meta.dtype]
+    return tensor.detach().reshape(-1)[piece.start // itemsize : (piece.start + piece.nbytes) // itemsize]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ def test_an_older_version_is_refused_and_the_next_one_is_not(job: Job) -> None:
 
 def test_bytes_that_changed_on_their_way_are_refused(job: Job) -> None:
     job.trainers.disturb("flip", 1)
-    with pytest.raises(DigestError, match=r"from trainer\[1\] is not what was published"):
+    with pytest.raises(DigestError, match=r"what came from trainer\[1\] is not what it published"):
         job.sync(7)
     job.trainers.disturb("", 1)
     job.sync(8)
@@ -106,29 +108,73 @@ def test_options_that_cannot_be_are_refused_by_name(options: dict[str, Any], sai
     assert "checkpoint_engine.engine_kwargs.rlbridge" in str(caught.value)
 
 
+def test_replicas_come_and_go_between_syncs(job: Job) -> None:
+    (epoch, _), _ = job.trainers.memory()
+    one = job.replicas[1]
+    job.manager.remove_replicas([one])
+    job.sync(11)
+    assert_served(job, 11, torch.bfloat16)
+    job.manager.add_replicas([one])
+    job.trainers.train()
+    job.sync(12)
+    assert_served(job, 12, torch.bfloat16)
+    assert len({epoch, *(name for name, _ in job.trainers.memory())}) == 2
+
+
+def test_a_rollout_that_does_not_take_its_weights_fails_the_sync_at_once(job: Job) -> None:
+    job.use("rlbridge", 1, deadline_seconds=_PATIENCE)
+    job.sync(13)
+    job.disturb(1, "raise")
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="the server does not take it"):
+        job.sync(14)
+    job.sync(15)
+    assert time.monotonic() - start < _PATIENCE / 2
+    assert_served(job, 15)
+
+
+def test_a_rollout_that_is_stopped_is_named_and_goes_on_later(job: Job) -> None:
+    job.use("rlbridge", 1, deadline_seconds=3)
+    job.sync(16)
+    process = job.disturb(1, "stop")
+    try:
+        with pytest.raises(DeadlineError, match=r"rollout\[1\] did not get through receive in time"):
+            job.sync(17)
+    finally:
+        os.kill(process, signal.SIGCONT)
+    job.trainers.train()
+    job.sync(18)
+    assert_served(job, 18)
+
+
 def test_a_rollout_that_dies_in_a_sync_fails_it_and_the_others_go_on_without_it(job: Job) -> None:
     import ray
 
-    job.use("rlbridge", 1, deadline_seconds=5.0)
+    patience = 8
+    job.use("rlbridge", 1, deadline_seconds=patience)
     job.sync(20)
-    lost = job.replicas[1]
-    ray.get(lost.workers[0].die_at.remote(3))
+    job.disturb(1, "die")
     with pytest.raises((DeadlineError, ray.exceptions.RayActorError)):
         job.sync(21)
-    job.manager.remove_replicas([lost])
+    job.manager.remove_replicas([job.replicas[1]])
     job.trainers.train()
-    job.sync(22)
+    job.sync(22)  # though the trainer ranks still wait for the one that is gone
     assert_served(job, 22)
+    before = job.trainers.memory()
+    time.sleep(patience)  # they have given up, and it is nothing to the epoch that has begun since
+    job.sync(23)
+    assert job.trainers.memory() == before
+    assert_served(job, 23)
 
 
-def test_a_trainer_rank_that_dies_is_named(job: Job) -> None:
+def test_a_trainer_rank_that_dies_fails_the_sync(job: Job) -> None:
     import ray
 
     job.trainers.disturb("die", 1)
     with pytest.raises((RlbridgeError, ray.exceptions.RayActorError)):
-        job.sync(23)
+        job.sync(24)
     (version, _), *_ = job.served()
-    assert version == 22
+    assert version == 23
 
 
 def test_the_engine_is_registered_by_verls_own_hook(tmp_path: Path) -> None:

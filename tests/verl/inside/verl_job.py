@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import types
 from functools import partial
@@ -117,8 +118,8 @@ class Trainer(TrainingWorker):  # type: ignore[misc]
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory(self) -> tuple[str, int]:
         """The epoch, and where this rank's arena is: the same as long as nothing is registered anew."""
-        engine = self.checkpoint_engine
-        return engine._epoch, engine._end._arena.tensor.data_ptr()
+        epoch = self.checkpoint_engine._epoch
+        return epoch.name, min(stripe.data_ptr() for stripes in epoch.end._stripes for stripe in stripes)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def disturb(self, how: str, rank: int) -> None:
@@ -131,9 +132,9 @@ class Trainer(TrainingWorker):  # type: ignore[misc]
         if rank != dist.get_rank() or not how:
             return
 
-        def flip(rounds: Any) -> list[bytes]:
-            found = original(rounds)
-            rounds[-1][-1] ^= 1
+        def flip(stripes: Any) -> list[bytes]:
+            found = original(stripes)
+            stripes[-1][-1] ^= 1
             return found
 
         def die(_: Any) -> list[bytes]:
@@ -153,7 +154,7 @@ class Serving(BaseRollout):  # type: ignore[misc]
         self.replica_rank, self.is_leader_rank = replica_rank, True
         self.model = AutoModelForCausalLM.from_pretrained(model_config.path, dtype=getattr(torch, config.dtype)).eval()
         self.version: int | None = None
-        self.dies_at = -1
+        self.disturbed: tuple[int, str] = (-1, "")
 
     async def resume(self, tags: list[str]) -> None:
         """Nothing was released."""
@@ -170,10 +171,16 @@ class Serving(BaseRollout):  # type: ignore[misc]
         async for name, tensor in weights:
             state[name].copy_(tensor)
             count += 1
-            if count == self.dies_at:
-                os._exit(1)
+            if count == self.disturbed[0]:
+                self._disturb()
         assert count == len(state)
         self.version = global_steps
+
+    def _disturb(self) -> None:
+        (_, how), self.disturbed = self.disturbed, (-1, "")
+        if how == "raise":
+            raise RuntimeError("the server does not take it")
+        os.kill(os.getpid(), {"die": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
 class RolloutWorker(CheckpointEngineWorker):  # type: ignore[misc]
@@ -190,9 +197,10 @@ class RolloutWorker(CheckpointEngineWorker):  # type: ignore[misc]
         adapter = self.server_adapter
         return adapter.version, {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
 
-    def die_at(self, tensor: int) -> None:
-        """End this process when so many tensors of the next sync have come."""
-        self.server_adapter.dies_at = tensor
+    def disturb(self, how: str, tensor: int = 3) -> int:
+        """At that tensor of the next sync "die", "stop" or "raise". Returns the id of this process."""
+        self.server_adapter.disturbed = (tensor, how)
+        return os.getpid()
 
 
 class Replica(RolloutReplica):  # type: ignore[misc]
@@ -286,6 +294,10 @@ class Job:
     def served(self) -> list[tuple[int | None, dict[str, torch.Tensor]]]:
         """The version and the tensors of each replica of the manager."""
         return list(ray.get([worker.served.remote() for worker in self._workers()]))
+
+    def disturb(self, replica: int, how: str) -> int:
+        """Let a replica go wrong in the next sync. Returns the id of its process."""
+        return int(ray.get(self.replicas[replica].workers[0].disturb.remote(how)))
 
     def end(self) -> None:
         """End all processes of the job."""
