@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rlbridge.errors import SyncError
 from rlbridge_verl.wire.meeting import Correspondent, Meeting, names_of
 from rlbridge_verl.wire.options import wire_options
 from rlbridge_verl.wire.sink import Sink
@@ -67,6 +68,10 @@ class Parties:
 
         return [self._pool.submit(asyncio.run, receive(sink)) for sink in self.sinks]
 
+    def fail(self, error: SyncError) -> None:
+        """What a checkpoint engine does when its end has failed: nobody waits any longer."""
+        self.sources[0]._party.fail(error)
+
     def sync(self, weights: Tensors, version: int) -> list[Tensors]:
         """What each rollout worker gets of one sync in which nothing goes wrong."""
         sent = self.send([weights, weights], version)
@@ -77,14 +82,17 @@ class Parties:
 
 @contextmanager
 def parties(bucket_bytes: int, **options: Any) -> Iterator[Parties]:
-    """Parties that are closed at the end."""
+    """Parties that are closed at the end, when nobody waits any longer."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
         with ThreadPoolExecutor(4) as pool:
             made = Parties(loop, pool, bucket_bytes, **options)
-            yield made
+            try:
+                yield made
+            finally:
+                made.fail(SyncError("the test is over"))
         for end in [*made.sinks, *made.sources]:
             assert end.close()
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from rlbridge.errors import ConfigError, DeadlineError, DigestError, LayoutError, StaleVersionError
 from rlbridge_verl.wire import sink as sink_module
 from rlbridge_verl.wire import source as source_module
+from rlbridge_verl.wire.sink import Sink
 from tests.verl.parties import Tensors, parties
 
 BUCKET = 4096
@@ -97,7 +100,6 @@ def test_no_tensor_of_a_bucket_that_changed_is_handed_on(monkeypatch: pytest.Mon
     names: list[str] = []
     with parties(BUCKET) as them:
         monkeypatch.setattr(source_module, "digests", flip)
-        them._pool.submit(lambda: None).result()
         sent = them.send([weights(), weights()], 1)
         for future in them.receive(1, names.append):
             with pytest.raises(DigestError, match="is not what it published") as caught:
@@ -105,8 +107,7 @@ def test_no_tensor_of_a_bucket_that_changed_is_handed_on(monkeypatch: pytest.Mon
         assert caught.value.where["phase"] == "verify"
         bad = caught.value.where["tensor"]
         assert bad not in names
-        for source in them.sources:
-            source._party.fail(caught.value)
+        them.fail(caught.value)
         for each in sent:
             with pytest.raises(DigestError):
                 each.result()
@@ -131,7 +132,7 @@ def test_ranks_that_export_different_tensors_are_named() -> None:
         for future in them.receive(1):
             with pytest.raises(LayoutError, match=r"other tensors on trainer\[1\] than on trainer\[0\]") as caught:
                 future.result()
-        them.sources[0]._party.fail(caught.value)
+        them.fail(caught.value)
         for each in sent:
             with pytest.raises(LayoutError):
                 each.result()
@@ -143,7 +144,6 @@ def test_buckets_of_two_sizes_are_refused() -> None:
         them.send([weights(), weights()], 1)
         with pytest.raises(ConfigError, match="update_weights_bucket_megabytes has to be the same for all"):
             them.receive(1)[1].result()
-        them.sources[0]._party.fail(ConfigError("over"))
 
 
 def test_a_version_that_nobody_asked_for_is_refused() -> None:
@@ -153,7 +153,6 @@ def test_a_version_that_nobody_asked_for_is_refused() -> None:
         for future in them.receive(3):
             with pytest.raises(StaleVersionError, match=r"trainer\[0\] publishes version 2, and version 3 is asked for"):
                 future.result()
-        them.sources[0]._party.fail(StaleVersionError("over"))
 
 
 def test_waiting_ends_and_names_who_did_not_come() -> None:
@@ -168,19 +167,25 @@ def test_waiting_ends_and_names_who_did_not_come() -> None:
 
 
 def test_a_rollout_that_stops_taking_can_close_at_once() -> None:
-    import asyncio
+    begun, over = threading.Event(), threading.Event()
 
-    async def begin() -> None:
-        stream = them.sinks[0].receive(them.turn, 2)
+    async def begin(sink: Sink) -> None:
+        stream = sink.receive(them.turn, 2)
         assert (await anext(stream))[0] == "embed"
         await stream.aclose()
 
-    with parties(BUCKET, deadline_seconds=30) as them:
+    def gather(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from tensors[:-1]
+        begun.set()
+        assert over.wait(20)
+        yield tensors[-1]
+
+    with parties(BUCKET) as them:
         them.sync(weights(), 1)
-        sent = them.send([weights(), weights()], 2)
-        asyncio.run(begin())
+        them.send([gather(weights()), gather(weights())], 2)
+        assert begun.wait(20)
+        start = time.monotonic()
+        asyncio.run(begin(them.sinks[0]))
         assert them.sinks[0].close()
-        them.sources[0]._party.fail(ConfigError("over"))
-        for each in sent:
-            with pytest.raises(ConfigError):
-                each.result()
+        assert time.monotonic() - start < 10  # though the last bucket is not there yet
+        over.set()
