@@ -93,9 +93,17 @@ def parties(bucket_bytes: int, **options: Any) -> Iterator[Parties]:
                 yield made
             finally:
                 made.fail(SyncError("the test is over"))
-        for end in [*made.sinks, *made.sources]:
-            assert end.close()
+        assert all(sink.close() for sink in made.sinks)
+        for source in made.sources:
+            source.close()
+            source._teller.shutdown()
+        asyncio.run_coroutine_threadsafe(_others_done(), loop).result()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def _others_done() -> None:
+    """Messages are left without waiting for it, and the loop must not end before they are."""
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
-from rlbridge.errors import ConfigError, DeadlineError, DigestError, RlbridgeError, StaleVersionError
+from rlbridge.errors import ConfigError, DeadlineError, DigestError, PluginError, RlbridgeError, StaleVersionError
 from tests.models import tiny_qwen3
 from tests.verl.inside.verl_job import Job, new_engine
 
@@ -181,3 +183,27 @@ def test_the_engine_is_registered_by_verls_own_hook(tmp_path: Path) -> None:
     from verl.checkpoint_engine.base import CheckpointEngineRegistry
 
     assert CheckpointEngineRegistry.get("rlbridge").__module__ == "rlbridge_verl.wire.checkpoint_engine"
+
+
+def test_a_verl_that_calls_an_engine_otherwise_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.checkpoint_engine.base import CheckpointEngine
+
+    monkeypatch.setattr(CheckpointEngine, "send_weights", lambda self, weights, version: None)
+    with pytest.raises(
+        PluginError, match=r"verl 0\.9\.1 is not what its plugin was written for: CheckpointEngine\.send_weights takes"
+    ):
+        new_engine("rlbridge", 1, {})
+
+
+def test_an_engine_that_cannot_be_imported_is_known_to_verl_with_the_reason() -> None:
+    code = """
+import sys
+sys.modules["xxhash"] = None
+from verl.checkpoint_engine import CheckpointEngineRegistry
+try:
+    CheckpointEngineRegistry.get("rlbridge")
+except ValueError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+    assert "rlbridge_verl.wire.checkpoint_engine: import of xxhash halted" in said
