@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -59,6 +61,23 @@ def tiny_mixtral(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
 def tiny_llama(path: Path, *, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
     """A Llama of about 20,000 parameters."""
     return _saved(LlamaForCausalLM, LlamaConfig(**{**_SIZES, "tie_word_embeddings": tied, **sizes}), path, seed, dtype)
+
+
+def of_no_known_type(path: Path) -> Path:
+    """A model whose type no transformers knows."""
+    path = tiny_qwen3(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3000"}))
+    return path
+
+
+def without_a_tensor(path: Path) -> Path:
+    """A model whose file lacks `model.norm.weight`."""
+    path = tiny_qwen3(path)
+    tensors = load_file(path / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

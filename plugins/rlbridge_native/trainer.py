@@ -17,7 +17,7 @@ from rlbridge.errors import LayoutError, RlbridgeError
 from rlbridge.huggingface.checkpoint import checkpoint_pieces, checkpoint_tensors, export_full
 from rlbridge.huggingface.directory import save_directory
 from rlbridge.huggingface.shards import local_storages, shard_pieces
-from rlbridge.roles.batch import Batch, Sequences
+from rlbridge.roles.batch import Batch, Sequences, scored_rows
 from rlbridge.roles.source import GatheredSource, ShardedSource, WeightSource
 from rlbridge.roles.trainer import Trainer, TrainerContext
 from rlbridge_native import state
@@ -82,17 +82,11 @@ class NativeTrainer(Trainer[NativeTrainerOptions]):
         return _metrics(totals, norm, lr, with_kl=self._reference is not None)
 
     def score(self, sequences: Sequences) -> np.ndarray[Any, Any]:
-        """Log-probs [B, T]; each rank makes those of its share of the rows.
-
-        A rank that is short of rows repeats the last one, since the forward pass is collective.
-        """
-        rows, ranks = len(sequences.lengths_B), self._context.world_size
+        """Log-probs [B, T]; each rank makes those of its share of the rows."""
+        own, first = scored_rows(len(sequences.lengths_B), self._context.rank, self._context.world_size)
         scores_BT = torch.zeros(sequences.tokens_BT.shape, device=self._device)
-        share = -(-rows // ranks)
-        first = min(self._context.rank * share, rows)
-        own = np.minimum(np.arange(first, first + share), rows - 1)
         self._model.eval()
-        for part in micro_batches(share, self._options.micro_batch):
+        for part in micro_batches(len(own), self._options.micro_batch):
             scores_BT[own[part]] = self._logprobs(self._model, sequences.rows(own[part]))
         scores_BT[:first] = 0
         dist.all_reduce(scores_BT)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,8 @@ import torch
 import torch.distributed as dist
 
 from rlbridge.errors import CheckpointError
-from rlbridge.huggingface.state_manifest import check_manifest, write_manifest
+from rlbridge.huggingface.state_manifest import EARLIER, check_manifest, checkpoint_errors, write_manifest
 from rlbridge.weights.layout import TensorMeta
-
-_EARLIER = "resume from an earlier checkpoint"
 
 
 def save_state(engine: Any, path: Path, tensors: Sequence[TensorMeta]) -> None:
@@ -24,7 +20,7 @@ def save_state(engine: Any, path: Path, tensors: Sequence[TensorMeta]) -> None:
     Raises:
         CheckpointError: it could not be written.
     """
-    with _checkpoint_errors(f"the trainer's state could not be written to {path}", "make room, or save elsewhere"):
+    with checkpoint_errors(f"the trainer's state could not be written to {path}", "make room, or save elsewhere"):
         engine.save_checkpoint(str(path), tag=_tag(engine), save_latest=False)
         torch.save(_random_state(), _random_file(engine, path))
         dist.barrier()
@@ -44,9 +40,9 @@ def load_state(engine: Any, path: Path, tensors: Sequence[TensorMeta]) -> None:
         raise CheckpointError(
             f"{path} is a state of ZeRO stage {', '.join(stages) or 'unknown'}, and this trainer's is"
             f" {engine.zero_optimization_stage()}",
-            todo=f"resume with trainer.zero_stage={stages[0]}" if stages else _EARLIER,
+            todo=f"resume with trainer.zero_stage={stages[0]}" if stages else EARLIER,
         )
-    with _checkpoint_errors(f"the trainer's state in {path} cannot be read", _EARLIER):
+    with checkpoint_errors(f"the trainer's state in {path} cannot be read", EARLIER):
         random_state = torch.load(_random_file(engine, path), weights_only=True)
         engine.load_checkpoint(str(path), tag=_tag(engine))
         torch.set_rng_state(random_state["cpu"])
@@ -68,11 +64,3 @@ def _random_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-@contextmanager
-def _checkpoint_errors(what: str, todo: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.PickleError) as error:
-        raise CheckpointError(f"{what}: {type(error).__name__}: {error}", todo=todo) from error

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from rlbridge.huggingface.directory import save_directory
-from rlbridge.roles.batch import Batch, Sequences
+from rlbridge.roles.batch import Batch, Sequences, scored_rows
 from rlbridge.roles.source import WeightSource
 from rlbridge.roles.trainer import Trainer, TrainerContext
 from rlbridge_openrlhf import seams, state
@@ -64,17 +64,12 @@ class OpenRLHFTrainer(Trainer[OpenRLHFTrainerOptions]):
         return self._policy.metrics(parts, lr)
 
     def score(self, sequences: Sequences) -> np.ndarray[Any, Any]:
-        """Log-probs [B, T]; each rank makes those of its share of the rows.
-
-        A rank that is short of rows repeats the last one, since the forward pass is collective.
-        """
-        rows, ranks, size = len(sequences.lengths_B), self._context.world_size, self._options.micro_batch
-        share = -(-rows // ranks)
-        first = min(self._context.rank * share, rows)
-        own = np.minimum(np.arange(first, first + share), rows - 1)
+        """Log-probs [B, T]; each rank makes those of its share of the rows."""
+        own, first = scored_rows(len(sequences.lengths_B), self._context.rank, self._context.world_size)
+        size = self._options.micro_batch or len(own)
         scores_BT = np.zeros(sequences.tokens_BT.shape, dtype=np.float32)
-        for at in range(0, share, size or share):
-            some = own[at : at + (size or share)]
+        for at in range(0, len(own), size):
+            some = own[at : at + size]
             scores_BT[some] = logprobs_under(self._actor, sequences.rows(some), self._context.device)
         scores_BT[:first] = 0
         summed_BT = torch.from_numpy(scores_BT).to(self._context.device)

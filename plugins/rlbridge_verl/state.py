@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from rlbridge.errors import CheckpointError
-from rlbridge.huggingface.state_manifest import check_manifest, write_manifest
+from rlbridge.huggingface.state_manifest import EARLIER, check_manifest, checkpoint_errors, write_manifest
 from rlbridge.weights.layout import TensorMeta
 
 
@@ -21,7 +18,7 @@ def save_state(engine: Any, path: Path, tensors: Sequence[TensorMeta]) -> None:
     Raises:
         CheckpointError: it could not be written.
     """
-    with _checkpoint_errors(f"the trainer's state could not be written to {path}", "make room, or save elsewhere"):
+    with checkpoint_errors(f"the trainer's state could not be written to {path}", "make room, or save elsewhere"):
         engine.save_checkpoint(local_path=str(path))
         if dist.get_rank() == 0:
             write_manifest(path, tensors, dist.get_world_size())
@@ -34,13 +31,5 @@ def load_state(engine: Any, path: Path, tensors: Sequence[TensorMeta]) -> None:
         CheckpointError: it is no state, damaged, or of another model or number of ranks.
     """
     check_manifest(path, tensors, dist.get_world_size())
-    with _checkpoint_errors(f"the trainer's state in {path} cannot be read", "resume from an earlier checkpoint"):
+    with checkpoint_errors(f"the trainer's state in {path} cannot be read", EARLIER):
         engine.load_checkpoint(local_path=str(path), del_local_after_load=False)
-
-
-@contextmanager
-def _checkpoint_errors(what: str, todo: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.PickleError) as error:
-        raise CheckpointError(f"{what}: {type(error).__name__}: {error}", todo=todo) from error

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rlbridge.errors import RlbridgeError
 from rlbridge.huggingface.checkpoint import checkpoint_tensors
 from rlbridge.huggingface.directory import save_directory
-from rlbridge.roles.batch import Batch, Sequences
+from rlbridge.roles.batch import Batch, Sequences, scored_rows
 from rlbridge.roles.source import WeightSource
 from rlbridge.roles.trainer import Trainer, TrainerContext
 from rlbridge_verl.options import VerlTrainerOptions
@@ -104,18 +104,13 @@ class VerlTrainer(Trainer[VerlTrainerOptions]):
         return metrics | {"lr": lr}
 
     def score(self, sequences: Sequences) -> np.ndarray[Any, Any]:
-        """Log-probs [B, T]; each data-parallel rank makes those of its share of the rows.
-
-        A rank that is short of rows repeats the last one, since the forward pass is collective.
-        """
-        rows, ranks = len(sequences.lengths_B), self._engine.get_data_parallel_size()
-        share = -(-rows // ranks)
-        first = min(self._engine.get_data_parallel_rank() * share, rows)
-        own = np.minimum(np.arange(first, first + share), rows - 1)
+        """Log-probs [B, T]; each data-parallel rank makes those of its share of the rows."""
+        rows = len(sequences.lengths_B)
+        own, first = scored_rows(rows, self._engine.get_data_parallel_rank(), self._engine.get_data_parallel_size())
         scores_BT = np.zeros(sequences.tokens_BT.shape, dtype=np.float32)
         found_BT = self._logprobs(self._engine, sequences.rows(own))
         if self._engine.is_mp_src_rank_with_outputs():
-            last = min(first + share, rows)
+            last = min(first + len(own), rows)
             scores_BT[first:last] = found_BT[: last - first]
         summed_BT = torch.from_numpy(scores_BT).to(self._context.device)
         dist.all_reduce(summed_BT)

@@ -5,7 +5,9 @@ Frameworks load a state file by file, so one that cannot be loaded would be foun
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,8 @@ from rlbridge.errors import CheckpointError
 from rlbridge.weights.layout import TensorMeta
 
 _NAME = "rlbridge.json"
-_EARLIER = "resume from an earlier checkpoint"
+EARLIER = "resume from an earlier checkpoint"
+"""What to do about a state that cannot be read."""
 
 
 class StateManifest(msgspec.Struct, frozen=True):
@@ -44,7 +47,7 @@ def check_manifest(path: Path, tensors: Sequence[TensorMeta], ranks: int) -> Non
     try:
         found = msgspec.json.decode((path / _NAME).read_bytes(), type=StateManifest)
     except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"{path} holds no trainer state: {error}", todo=_EARLIER) from error
+        raise CheckpointError(f"{path} holds no trainer state: {error}", todo=EARLIER) from error
     _check_same_model(path, found.tensors, tensors)
     if found.ranks != ranks:
         raise CheckpointError(
@@ -55,7 +58,16 @@ def check_manifest(path: Path, tensors: Sequence[TensorMeta], ranks: int) -> Non
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             there = f"has {file.stat().st_size} bytes" if file.is_file() else "is not there"
-            raise CheckpointError(f"the state in {path} is damaged: {name} had {size} bytes and {there}", todo=_EARLIER)
+            raise CheckpointError(f"the state in {path} is damaged: {name} had {size} bytes and {there}", todo=EARLIER)
+
+
+@contextmanager
+def checkpoint_errors(what: str, todo: str) -> Iterator[None]:
+    """What a framework raises while it writes or reads a state, as a CheckpointError that begins with `what`."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AssertionError, pickle.PickleError) as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}", todo=todo) from error
 
 
 def _check_same_model(path: Path, found: Sequence[TensorMeta], expected: Sequence[TensorMeta]) -> None:

@@ -100,6 +100,16 @@ class Batch(msgspec.Struct):
         )
 
 
+def scored_rows(rows: int, rank: int, ranks: int) -> tuple[np.ndarray[Any, Any], int]:
+    """The numbers of the rows that `rank` scores, as many on each rank, and the first of them (`rows`: none is its own).
+
+    A rank that is short of rows repeats the last one: a forward pass over sharded parameters is collective.
+    """
+    share = -(-rows // ranks)
+    first = min(rank * share, rows)
+    return np.minimum(np.arange(first, first + share), rows - 1), first
+
+
 def pad_sequences(
     prompts: list[list[int]], completions: list[list[int]], *, pad: int = 0, temperature: float = 1.0
 ) -> Sequences:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from rlbridge.errors import ModelError, RlbridgeError
 from rlbridge.roles.batch import Batch
 from rlbridge_openrlhf.trainer import OpenRLHFTrainer
-from tests.models import tiny_llama, tiny_qwen3, tiny_qwen3_moe
+from tests.models import of_no_known_type, tiny_llama, tiny_qwen3, tiny_qwen3_moe, without_a_tensor
 from tests.native.ranks import make_batch, on_ranks
 from tests.native.training import train, trained
 
@@ -170,21 +169,6 @@ def _t5(path: Path) -> Path:
     return path
 
 
-def _of_no_known_type(path: Path) -> Path:
-    path = tiny_qwen3(path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3000"}))
-    return path
-
-
-def _without_a_tensor(path: Path) -> Path:
-    path = tiny_qwen3(path)
-    tensors = load_file(path / "model.safetensors")
-    tensors.pop("model.norm.weight")
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
-
 def _of_other_shapes(path: Path) -> Path:
     path = tiny_qwen3(path)
     tensors = load_file(path / "model.safetensors")
@@ -198,8 +182,8 @@ def _of_other_shapes(path: Path) -> Path:
     ("make", "said"),
     [
         (_t5, "T5Config"),
-        (_of_no_known_type, "qwen3000"),
-        (_without_a_tensor, "lacks 1 of its tensors, 'model.norm.weight' the first"),
+        (of_no_known_type, "qwen3000"),
+        (without_a_tensor, "lacks 1 of its tensors, 'model.norm.weight' the first"),
         (_of_other_shapes, r"model\.norm\.weight.*31"),
     ],
     ids=["another class", "unknown type", "a tensor is missing", "a tensor has another shape"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rlbridge.errors import ModelError
-from tests.models import tiny_llama, tiny_qwen3, tiny_qwen3_moe
+from tests.models import of_no_known_type, tiny_llama, tiny_qwen3, tiny_qwen3_moe, without_a_tensor
 from tests.native.ranks import make_batch, on_ranks
 from tests.native.training import assert_published_whole, publish, trained
 from tests.verl.inside.tasks import break_a_step, forbid_gathers, kl_of_two_steps, load_only, load_the_state, save_the_state
@@ -144,27 +143,12 @@ def _bert(path: Path) -> Path:
     return path
 
 
-def _of_no_known_type(path: Path) -> Path:
-    path = tiny_qwen3(path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3000"}))
-    return path
-
-
-def _without_a_tensor(path: Path) -> Path:
-    path = tiny_qwen3(path)
-    tensors = load_file(path / "model.safetensors")
-    tensors.pop("model.norm.weight")
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (_bert, "holds a BertForMaskedLM, which is no causal language model"),
-        (_of_no_known_type, "qwen3000"),
-        (_without_a_tensor, "lacks 1 of its tensors, 'model.norm.weight' the first"),
+        (of_no_known_type, "qwen3000"),
+        (without_a_tensor, "lacks 1 of its tensors, 'model.norm.weight' the first"),
     ],
     ids=["another class", "unknown type", "a tensor is missing"],
 )
