@@ -244,6 +244,10 @@ def test_yaml_of_a_config_loads_as_the_same_config(seed: int, lr: float, stop: l
             ["trainer.backend=plain", "sync.publish=barrier"],
             "sync.publish barrier: the parameters of trainer.backend 'plain' cannot be read in place",
         ),
+        (
+            ["transport.backend=objects", "transport.require=rdma"],
+            "transport.require rdma: transport.backend 'objects' does not use RDMA",
+        ),
         (["sync.pause=keep"], "sync.pause keep: generator.backend 'native' can only wait for running requests"),
         (["trainer.backend=plain", "trainer.workers=2"], "trainer.workers is 2, and trainer.backend 'plain' runs on one"),
         (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlbridge.errors import TransportError
-from rlbridge.machine import quiet_ucx
+from rlbridge.rdma.ucx import quiet_ucx
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlbridge.roles.transport import TransportOptions
 
@@ -21,3 +21,12 @@ class NixlOptions(TransportOptions):
     net_devices: str = Field(
         "", description="UCX_NET_DEVICES: the interfaces of the data plane, for example mlx5_0:1,mlx5_1:1."
     )
+
+    @model_validator(mode="after")
+    def _one_wire(self) -> NixlOptions:
+        """What is required is what UCX may use."""
+        if self.require == "rdma" and self.wire == "any":
+            self.wire = "rdma"
+        if self.require != "any" and self.wire != self.require:
+            raise ValueError(f"require is {self.require}, and wire is {self.wire}")
+        return self

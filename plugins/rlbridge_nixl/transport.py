@@ -16,13 +16,21 @@ import msgspec
 import torch
 
 from rlbridge.errors import DeadlineError, PeerLostError, QuarantineError, TransportError
-from rlbridge.machine import has_rdma_device
+from rlbridge.rdma import ucx
+from rlbridge.rdma.devices import has_rdma_device
+from rlbridge.rdma.doctor import memory_lock
 from rlbridge.roles.transport import Copy, Transport, TransportContext, WireEvidence
 from rlbridge_nixl import agent as nixl_face
 from rlbridge_nixl.options import NixlOptions
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.0002
+
+
+_POOLS = 128 << 20
+"""Bytes that UCX registers for itself beside the blocks, amply: 68 MB, by the kernel's count (UCX 1.23, one device)."""
+
+_ONE_HOST = ("cma", "sysv", "posix", "xpmem", "knem", "cuda_ipc")
 
 
 class _Block(msgspec.Struct, frozen=True):
@@ -47,10 +55,6 @@ class _Transfer(msgspec.Struct):
     state: str = "IDLE"
 
 
-_STAGING = ("cuda_copy", "gdr_copy")
-"""How UCX takes bytes out of a GPU before they go by a wire, and into one after."""
-
-
 class NixlTransport(Transport[NixlOptions]):
     """One end of a NIXL wire."""
 
@@ -65,6 +69,7 @@ class NixlTransport(Transport[NixlOptions]):
         self._context = context
         self._options = options
         self._acts = (options.operation == "read") == (context.side == "sink")
+        self._check_lock(0)  # an agent that may lock too little is never finished with (NIXL 1.5.1)
         self._agent: Any
         self._agent, self._agent_name = nixl_face.make_agent(context.name, options.wire, options.net_devices, context.device)
         self._blocks: list[torch.Tensor] = []
@@ -79,9 +84,36 @@ class NixlTransport(Transport[NixlOptions]):
     def open(self, blocks: Sequence[torch.Tensor]) -> bytes:
         self._blocks = list(blocks)
         if self._blocks:
-            self._registered = self._agent.register_memory(self._blocks)
+            self._registered = self._register()
         described = [_Block(b.data_ptr(), b.numel(), nixl_face.device_id(b), nixl_face.memory_kind(b)) for b in self._blocks]
         return msgspec.msgpack.encode(_Address(self._agent_name, self._agent.get_agent_metadata(), described))
+
+    def _register(self) -> Any:
+        nbytes = sum(block.numel() for block in self._blocks)
+        self._check_lock(nbytes)
+        try:
+            return self._agent.register_memory(self._blocks)
+        except Exception as error:
+            raise TransportError(
+                f"NIXL cannot register {nbytes} bytes: {type(error).__name__}: {error}",
+                rank=self._context.name,
+                phase="register",
+                todo="rlbridge doctor --rdma, in the environment and with the limits of this rank, says what is in the way",
+            ) from error
+
+    def _check_lock(self, nbytes: int) -> None:
+        """Refuse to begin what this process may not lock, where an RDMA device may be used."""
+        limit = memory_lock()
+        if limit is None or self._options.wire not in ("any", "rdma") or not has_rdma_device():
+            return
+        if limit < nbytes + _POOLS:
+            raise TransportError(
+                f"RLIMIT_MEMLOCK is {limit} bytes; RDMA takes {nbytes + _POOLS}: of the arena {nbytes}, the rest of UCX's own",
+                rank=self._context.name,
+                phase="register",
+                todo="ulimit -l unlimited before ray start, docker --ulimit memlock=-1, LimitMEMLOCK=infinity in the service;"
+                " or transport.wire=tcp",
+            )
 
     def connect(self, peers: Mapping[str, bytes], copies: Sequence[Copy]) -> None:
         addresses = {name: msgspec.msgpack.decode(raw, type=_Address) for name, raw in peers.items()}
@@ -116,7 +148,8 @@ class NixlTransport(Transport[NixlOptions]):
         wires = nixl_face.wires_used(self._agent_name, self._options.operation)
         if not wires:
             return WireEvidence("nixl", "unknown", "UCX reported no protocol; bytes by NIXL telemetry", self._moved)
-        return WireEvidence("nixl", "+".join(wires), "UCX protocol report; bytes by NIXL telemetry", self._moved)
+        known = "UCX protocol report; bytes by NIXL telemetry"
+        return WireEvidence("nixl", "+".join(wires), known, self._moved, ucx.is_rdma(wires))
 
     def close(self) -> None:
         """Give everything back, whatever state the peers are in; the agent ends here, and with it all that it still sends.
@@ -249,11 +282,10 @@ class NixlTransport(Transport[NixlOptions]):
         wanted = self._options.wire
         if wanted == "any":
             return
-        used = nixl_face.wires_used(self._agent_name, self._options.operation)
-        one_host = ("cma", "sysv", "posix", "xpmem", "knem", "cuda_ipc")
-        fits = {"shm": one_host, "tcp": ("tcp",), "rdma": ("rc", "dc", "ud")}[wanted]
-        strange = [w for w in used if not w.startswith((*fits, *_STAGING))]
-        if strange or not any(w.startswith(fits) for w in used):
+        used = ucx.wires(nixl_face.wires_used(self._agent_name, self._options.operation))
+        fits = {"shm": _ONE_HOST, "tcp": ("tcp",), "rdma": ucx.RDMA}[wanted]
+        strange = [w for w in used if not w.startswith(fits)]
+        if strange or not used:
             raise TransportError(
                 f"the bytes went by {', '.join(strange) or 'an unknown wire'}, not by {wanted}",
                 rank=self._context.name,

@@ -14,11 +14,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from rlbridge.errors import TransportError
-from rlbridge.machine import quiet_ucx
+from rlbridge.rdma.devices import has_rdma_device
+from rlbridge.rdma.ucx import quiet_ucx
 from rlbridge.roles.transport import Copy, Transport, TransportContext, TransportOptions, WireEvidence
 from rlbridge_ray.options import ObjectStoreOptions, RdtOptions
 
 O = TypeVar("O", bound=TransportOptions)  # noqa: E741
+
+
+_NO_RDMA = ("gloo", "cuda_ipc")
 
 
 class _RayTransport(Transport[O]):
@@ -75,7 +79,7 @@ class ObjectStoreTransport(_RayTransport[ObjectStoreOptions]):
 
     def evidence(self) -> WireEvidence:
         return WireEvidence(
-            "object_store", "plasma", "Ray serialises the tensors of a task without tensor_transport", self._moved
+            "object_store", "plasma", "Ray serialises the tensors of a task without tensor_transport", self._moved, rdma=False
         )
 
 
@@ -91,6 +95,10 @@ class RdtTransport(_RayTransport[RdtOptions]):
     def unavailable(cls, options: RdtOptions, device: str) -> str | None:
         """nixl needs its package, nccl and cuda_ipc need GPUs on both sides."""
         wire = options.tensor_transport
+        if options.require == "rdma" and not has_rdma_device():
+            return "transport.require=rdma, and this machine has no RDMA device (/sys/class/infiniband is empty)"
+        if options.require == "rdma" and wire in _NO_RDMA:
+            return f"transport.require=rdma, and transport.tensor_transport={wire} does not use RDMA"
         if wire == "nixl" and importlib.util.find_spec("nixl") is None:
             return "transport.tensor_transport=nixl needs the package nixl: pip install 'rlbridge[rdt]'"
         if wire in ("nccl", "cuda_ipc") and device != "cuda":
@@ -140,4 +148,5 @@ class RdtTransport(_RayTransport[RdtOptions]):
             self._options.tensor_transport,
             "the tensor_transport that Ray was asked for, which has no fallback",
             self._moved,
+            rdma=False if self._options.tensor_transport in _NO_RDMA else None,  # of the others Ray tells no more
         )

@@ -112,6 +112,8 @@ def _wrong_transport(config: RunConfig, generator: Backend, transport: Backend) 
             f"transport.backend {transport.name!r} moves Ray objects, and the ranks of generator.backend {generator.name!r} "
             "are no Ray actors"
         )
+    if config.transport.require == "rdma" and Capability.RDMA not in transport.capabilities:
+        yield f"transport.require rdma: transport.backend {transport.name!r} does not use RDMA"
     if config.sync.publish == "barrier" and Capability.LIVE_STORAGE not in transport.capabilities:
         yield f"sync.publish barrier: transport.backend {transport.name!r} cannot read a trainer's parameters in place"
 

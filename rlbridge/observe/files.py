@@ -57,6 +57,8 @@ class FileObserver:
                 "seconds": report.seconds,
                 "bytes": report.bytes,
                 "wire": report.wire,
+                "evidence": report.evidence,
+                "ports": report.ports,
                 "verified": report.verified,
                 "phases": report.phases,
             },

@@ -38,6 +38,14 @@ class Report(Protocol):
     def wire(self) -> str:
         """What carried the bytes."""
 
+    @property
+    def evidence(self) -> Sequence[object]:
+        """How that is known, by rank."""
+
+    @property
+    def ports(self) -> Mapping[str, object]:
+        """What the RDMA ports of the hosts counted, by engine rank."""
+
 
 def summarise(
     *,

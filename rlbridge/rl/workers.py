@@ -11,7 +11,7 @@ from rlbridge.cluster.nodes import check_nodes
 from rlbridge.cluster.ray_cluster import Ask, cluster
 from rlbridge.config import RunConfig
 from rlbridge.env import place
-from rlbridge.machine import has_rdma_device
+from rlbridge.rdma.devices import has_rdma_device
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.options import RoleOptions
 from rlbridge.roles.trainer import AlgorithmOptions, OptimizerOptions, TrainerContext

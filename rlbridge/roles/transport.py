@@ -33,6 +33,11 @@ class TransportOptions(BaseModel):
     backend: str = Field(
         "nixl", description="Name of the transport backend, or auto: the first that works here, printed with the reason."
     )
+    require: Literal["any", "rdma"] = Field(
+        "any",
+        description="rdma: every sync has to go by RDMA, by what the transport reports and by what the RDMA ports have counted,"
+        " or the run fails.",
+    )
 
 
 class Copy(msgspec.Struct, frozen=True):
@@ -52,12 +57,16 @@ class Copy(msgspec.Struct, frozen=True):
 
 
 class WireEvidence(msgspec.Struct, frozen=True):
-    """What carried the bytes, and how that is known. `wire` is for example "cma" or "tcp"; "unknown" is an honest answer."""
+    """What carried the bytes, and how that is known. `wire` is for example "cma" or "tcp"; "unknown" is an honest answer.
+
+    `rdma` is whether that wire is RDMA; None: the transport does not know.
+    """
 
     backend: str
     wire: str
     known_from: str
     bytes_moved: int = 0
+    rdma: bool | None = None
 
 
 class TransportContext(msgspec.Struct, frozen=True):

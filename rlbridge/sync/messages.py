@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from rlbridge.errors import RlbridgeError, WireError, from_wire, to_wire
+from rlbridge.rdma.counters import Counted
 from rlbridge.roles.generator import PauseMode
 from rlbridge.roles.transport import Copy, WireEvidence
 from rlbridge.weights.layout import Layout, Region, TensorMeta
@@ -167,11 +168,12 @@ class Update(Wait, frozen=True):
 
 
 class Pulled(msgspec.Struct, frozen=True):
-    """Bytes that arrived, in how many seconds, and what carried them."""
+    """Bytes that arrived, in how many seconds, and what carried them; `ports`: what the host's RDMA ports counted meanwhile."""
 
     nbytes: int
     seconds: float
     evidence: WireEvidence | None = None
+    ports: Counted | None = None
 
 
 class Verify(msgspec.Struct, frozen=True):

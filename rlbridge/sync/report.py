@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rlbridge.rdma.counters import Counted
 from rlbridge.roles.transport import WireEvidence
 from rlbridge.weights.plan import Cast
 
@@ -36,7 +37,8 @@ class SyncReport:
         phases: Seconds of `snapshot`, `wire`, `verify`, `install` and `pause`, each of the slowest rank.
         verified: All digests agreed: at both arenas and over the live parameters.
         wire: What carried the bytes, as far as it is known.
-        evidence: How that is known, one entry a rank.
+        evidence: How that is known, one entry a rank that acted.
+        ports: By engine rank, what the RDMA ports of its host counted while the version arrived; of hosts that have any.
     """
 
     version: int
@@ -47,3 +49,4 @@ class SyncReport:
     verified: bool
     wire: str
     evidence: Sequence[WireEvidence] = field(default_factory=list)
+    ports: Mapping[str, Counted] = field(default_factory=dict)

@@ -10,14 +10,15 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
 from rlbridge.errors import LayoutError, LeaseError, StaleVersionError, SyncError, TransportError
 from rlbridge.plugins import registry
+from rlbridge.rdma.counters import Counted
 from rlbridge.roles.generator import PauseMode
-from rlbridge.roles.transport import Copy, Transport, WireEvidence
+from rlbridge.roles.transport import Copy, Transport, TransportOptions, WireEvidence
 from rlbridge.sync.calls import GRACE_SECONDS, Party, gather
 from rlbridge.sync.epoch import token
 from rlbridge.sync.messages import (
@@ -45,6 +46,7 @@ from rlbridge.sync.messages import (
     pack,
 )
 from rlbridge.sync.report import AttachReport, SyncReport
+from rlbridge.sync.wire import require_rdma
 from rlbridge.weights.plan import Plan, compile_plan, runs
 
 _log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class _Flight:
     phases: dict[str, float]
     nbytes: int = 0
     evidence: list[WireEvidence] = field(default_factory=list)
+    ports: dict[str, Counted] = field(default_factory=dict)
     pulled: bool = False
 
 
@@ -242,6 +245,7 @@ class SyncSession:
             True,
             " + ".join(sorted({f"{e.backend} over {e.wire}" for e in flight.evidence})),
             flight.evidence,
+            flight.ports,
         )
 
     def close(self) -> None:
@@ -399,7 +403,12 @@ class SyncSession:
         replies = gather([*self.trainers, *self.engines], futures, kinds, "wire", limit, version)
         known = [r.evidence for ranks in replies for r in ranks if r.evidence is not None]
         flight.evidence = [evidence for evidence in known if evidence.wire]
-        return [pulled for ranks in replies[len(self.trainers) :] for pulled in ranks]
+        names = [name for ranks in self._ranks for name in ranks]
+        pulled = dict(zip(names, (p for ranks in replies[len(self.trainers) :] for p in ranks), strict=True))
+        flight.ports = {name: p.ports for name, p in pulled.items() if p.ports is not None}
+        if cast("TransportOptions", self._transport_options).require == "rdma":
+            require_rdma(version, pulled, flight.evidence)
+        return list(pulled.values())
 
     @staticmethod
     def _left(flight: _Flight) -> float:

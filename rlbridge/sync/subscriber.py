@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from rlbridge.errors import DeadlineError, DigestError, QuarantineError, RlbridgeError, StaleVersionError, SyncError
+from rlbridge.rdma.counters import Reading, counted, counters
 from rlbridge.roles.sink import WeightSink
 from rlbridge.roles.transport import Transport
 from rlbridge.sync.epoch import Epoch
@@ -51,10 +52,11 @@ _SLACK_SECONDS = 1.0
 
 
 class _Receipt:
-    """One pull, on a thread of its own."""
+    """One pull, on a thread of its own. `ports`: what the RDMA ports of this host had counted before any of its bytes moved."""
 
-    def __init__(self, transport: Transport[Any], message: Pull, tensors: Tensors, device: str) -> None:
+    def __init__(self, transport: Transport[Any], message: Pull, tensors: Tensors, device: str, ports: Reading) -> None:
         self._device = device
+        self._ports = ports
         self.version = message.version
         self.pulled: Pulled | None = None
         self.error: BaseException | None = None
@@ -76,7 +78,8 @@ class _Receipt:
         try:
             use_device(self._device)
             nbytes = self._transport.receive(message.version, message.slot, self._tensors, start + message.seconds)
-            self.pulled = Pulled(nbytes, time.monotonic() - start, self._transport.evidence())
+            seconds = time.monotonic() - start
+            self.pulled = Pulled(nbytes, seconds, self._transport.evidence(), counted(self._ports, counters()))
         except BaseException as error:  # kept, and raised by the thread that waits
             self.error = error
         finally:
@@ -132,6 +135,7 @@ class Subscriber:
         self._segments: list[torch.Tensor] = []
         self._transport: Transport[Any] | None = None
         self._receipt: _Receipt | None = None
+        self._ports = Reading({})  # as they were when the last version had been installed, or the epoch began
         self._verified: tuple[int, list[bytes]] | None = None
         self._quarantined = False
         self._graveyard: list[_Grave] = [] if instead_of is None else instead_of._left()
@@ -226,6 +230,7 @@ class Subscriber:
         self._epoch.check(message.epoch)
         start = time.monotonic()
         self._connected().connect(message.peers, message.copies)
+        self._ports = counters()
         for grave in self._graveyard:  # every peer has opened this epoch, and so has closed the earlier ones, or is gone
             grave.peers_closed = not grave.of_another
         return Timed(time.monotonic() - start)
@@ -250,7 +255,9 @@ class Subscriber:
                 version=message.version,
             )
         self._verified = None
-        self._receipt = _Receipt(transport, message, tensors, self._device)
+        # Ray has moved the tensors of a call before the call begins.
+        ports = self._ports if transport.moves_ray_objects else counters()
+        self._receipt = _Receipt(transport, message, tensors, self._device, ports)
         return Nothing()
 
     def _wait_pull(self, message: Wait) -> Pulled:
@@ -325,6 +332,7 @@ class Subscriber:
     def _commit(self, message: Wait) -> State:
         self._installed(message)
         self.state, self.version = "ready", message.version
+        self._ports = counters()
         self._bury()
         return State(self.state, self.version)
 

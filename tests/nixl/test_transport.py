@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlbridge.errors import TransportError
-from rlbridge.machine import has_rdma_device
+from rlbridge.rdma.devices import has_rdma_device
 from rlbridge_conformance.toy import ToyEngine, ToySource
 from rlbridge_nixl.options import NixlOptions
 from rlbridge_nixl.transport import NixlTransport

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rlbridge.machine import has_rdma_device
+from rlbridge.rdma.devices import has_rdma_device
 from rlbridge_conformance.faults import SuiteError, mounts, network
 
 _TIMEOUT = 120.0
