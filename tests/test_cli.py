@@ -13,9 +13,12 @@ import pytest
 import yaml
 
 import rlbridge
+from rlbridge.cli import doctor_command
 from rlbridge.cli import main as cli
 from rlbridge.errors import RlbridgeError
 from rlbridge.plugins import Registry
+from rlbridge.rdma.devices import has_rdma_device
+from rlbridge.rdma.doctor import Finding
 
 PLUGIN = """
 from rlbridge import Backend, hookimpl
@@ -186,3 +189,32 @@ def test_config_check_says_what_is_defaulted(
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["additionalProperties"] is False
+
+
+def test_doctor_asks_what_it_is_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 2
+    assert "rlbridge doctor --rdma" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(has_rdma_device(), reason="this machine has an RDMA device")
+def test_doctor_says_that_there_is_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--rdma", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["rdma"] is False
+    assert [(finding["about"], finding["verdict"]) for finding in said["findings"]] == [("device", "problem")]
+    assert cli.main(["doctor", "--rdma"]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("RDMA is not used on this host")
+
+
+def test_doctor_tries_every_transport_with_rdma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The ports are made up, and the transport moves real bytes: by shared memory, which is not RDMA, and it says so."""
+    healthy = [Finding("port mlx5_0:1", "ok", "active")]
+    monkeypatch.setattr(doctor_command, "findings", lambda: healthy.copy())
+    assert cli.main(["doctor", "--rdma", "--json"]) == 1
+    (port, tried) = json.loads(capsys.readouterr().out)["findings"]
+    assert (port["verdict"], tried["about"], tried["verdict"]) == ("ok", "transport nixl", "problem")
+    assert "no bytes over RDMA: nixl cannot work here: transport.wire=rdma" in tried["said"]
+    monkeypatch.setattr(doctor_command, "OPTIONS", {})
+    assert cli.main(["doctor", "--rdma", "--json"]) == 0
+    (_, tried) = json.loads(capsys.readouterr().out)["findings"]
+    assert tried["said"].startswith("8388608 bytes over cma, the right ones")

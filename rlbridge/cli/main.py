@@ -27,6 +27,7 @@ app = App(
 app.command("rlbridge.cli.run_command:run", name="run", help="Run a config file to its end.")
 app.command("rlbridge.cli.config_command:app", name="config", help="Show, check or describe config files.")
 app.command("rlbridge.cli.conform_command:conform", name="conform", help="Hold backends to their contracts.")
+app.command("rlbridge.cli.doctor_command:doctor", name="doctor", help="Say why RDMA would or would not be used here.")
 app.command("rlbridge.cli.env_command:app", name="env", help="Build and list the environments that roles can run in.")
 app.command("rlbridge.cli.plugins_command:plugins", name="plugins", help="List the backends that are installed.")
 
