@@ -30,7 +30,7 @@ from rlbridge.roles.sink import RecordedSink
 from rlbridge.roles.source import ShardedSource
 from rlbridge.sync.engine import Engine
 from rlbridge.sync.messages import TransportSpec
-from rlbridge.sync.publisher import Publisher
+from rlbridge.sync.publisher import Publisher, synchronize
 from rlbridge.sync.report import SyncReport
 from rlbridge.sync.session import SyncOptions, SyncSession
 from rlbridge.sync.subscriber import Subscriber
@@ -42,12 +42,13 @@ ROWS = ("rlbridge nixl snapshot", "rlbridge nixl barrier", "RDT nixl + copy", "o
 class SpeedTrainer:
     """Holds the tensors; publishes them, or returns them to Ray."""
 
-    def __init__(self, mib: int, count: int) -> None:
+    def __init__(self, mib: int, count: int, device: str) -> None:
         torch.set_num_threads(1)
-        self._tensors = make_tensors(mib, count)
+        self._device = device
+        self._tensors = make_tensors(mib, count, device)
         metas = [TensorMeta(n, tuple(t.shape), "bfloat16") for n, t in self._tensors.items()]
         pieces = [Piece(whole(m), m.name, 0, contiguous_strides(m.shape)) for m in metas]
-        self._publisher = Publisher("trainer[0]", ShardedSource(metas, pieces, lambda: self._tensors))
+        self._publisher = Publisher("trainer[0]", ShardedSource(metas, pieces, lambda: self._tensors), device)
 
     def step(self) -> None:
         """Change every tensor, as a training step does."""
@@ -67,24 +68,26 @@ class SpeedTrainer:
         return [self._publisher.handle(method, payload)]
 
     def memcpy(self) -> float:
-        """Seconds that one thread takes to copy all tensors within this process."""
+        """Seconds that one thread, or the GPU, takes to copy all tensors within this process."""
         if not hasattr(self, "_copies"):
             self._copies = [torch.empty_like(t).fill_(0) for t in self._tensors.values()]
+        synchronize(self._device)
         start = time.perf_counter()
         for copy, tensor in zip(self._copies, self._tensors.values(), strict=True):
             copy.copy_(tensor)
+        synchronize(self._device)
         return time.perf_counter() - start
 
 
 class _Holder(Generator[GeneratorOptions]):
     """An engine that only holds parameters."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], device: str) -> None:
         def load(given: Any) -> None:
             for name, tensor in given:
                 tensors[name].copy_(tensor)
 
-        self._subscriber = Subscriber("generator[0].rank[0]", RecordedSink(load, tensors))
+        self._subscriber = Subscriber("generator[0].rank[0]", RecordedSink(load, tensors), device)
 
     def setup(self, context: GeneratorContext, options: GeneratorOptions) -> None:
         """Nothing to load."""
@@ -108,10 +111,11 @@ class _Holder(Generator[GeneratorOptions]):
 class SpeedGenerator:
     """Holds parameters that are written by a sync, or by a copy of what Ray delivers."""
 
-    def __init__(self, mib: int, count: int) -> None:
+    def __init__(self, mib: int, count: int, device: str) -> None:
         torch.set_num_threads(1)
-        self._tensors = {n: torch.zeros_like(t).fill_(1) for n, t in make_tensors(mib, count).items()}
-        self._engine = Engine("generator[0]", _Holder(self._tensors))
+        self._device = device
+        self._tensors = {n: torch.zeros_like(t).fill_(1) for n, t in make_tensors(mib, count, device).items()}
+        self._engine = Engine("generator[0]", _Holder(self._tensors, device))
 
     def call(self, method: str, payload: bytes, names: list[str], *tensors: list[Any]) -> list[bytes]:
         """`Engine.handle`."""
@@ -121,6 +125,7 @@ class SpeedGenerator:
         """The peers' install: a copy into the parameters."""
         for name, tensor in weights.items():
             self._tensors[name].copy_(tensor)
+        synchronize(self._device)
         return len(weights)
 
     def sums(self) -> list[float]:
@@ -128,13 +133,13 @@ class SpeedGenerator:
         return [float(t[0].float().sum()) for t in self._tensors.values()]
 
 
-def make_tensors(mib: int, count: int) -> dict[str, torch.Tensor]:
+def make_tensors(mib: int, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """`count` bf16 matrices of `mib` MiB in all."""
     rows = max(mib * 2**20 // 2 // count // 1024, 1)
-    return {f"layers.{i}.weight": torch.full((rows, 1024), i % 8, dtype=torch.bfloat16) for i in range(count)}
+    return {f"layers.{i}.weight": torch.full((rows, 1024), i % 8, dtype=torch.bfloat16, device=device) for i in range(count)}
 
 
-def measure(mib: int, count: int, repeats: int, rounds: int) -> dict[str, Any]:
+def measure(mib: int, count: int, repeats: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """All rows, `rounds` times over. Each has processes of its own, and one repeat more that is not counted.
 
     Processes of their own, since Ray's NIXL agents spin once they are made, and would slow whatever runs beside them.
@@ -143,8 +148,9 @@ def measure(mib: int, count: int, repeats: int, rounds: int) -> dict[str, Any]:
     phases: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for name in ROWS:
-            trainer = ray.remote(enable_tensor_transport=True)(SpeedTrainer).remote(mib, count)
-            generator = ray.remote(enable_tensor_transport=True)(SpeedGenerator).remote(mib, count)
+            half = {"enable_tensor_transport": True, "num_gpus": 0.5 if device == "cuda" else 0}
+            trainer = ray.remote(**half)(SpeedTrainer).remote(mib, count, device)
+            generator = ray.remote(**half)(SpeedGenerator).remote(mib, count, device)
             run = _contender(name, trainer, generator)
             for turn in range(repeats + 1):
                 ray.get(trainer.step.remote())
@@ -162,7 +168,13 @@ def measure(mib: int, count: int, repeats: int, rounds: int) -> dict[str, Any]:
                         phases.setdefault(name, []).append(dict(report.phases))
             ray.kill(trainer)
             ray.kill(generator)
-    return {"mib": mib, "tensors": count, "seconds": seconds, "phases": {n: _median(p) for n, p in phases.items()}}
+    return {
+        "mib": mib,
+        "tensors": count,
+        "device": device,
+        "seconds": seconds,
+        "phases": {n: _median(p) for n, p in phases.items()},
+    }
 
 
 def _contender(name: str, trainer: Any, generator: Any) -> Callable[[], Any]:
@@ -189,7 +201,8 @@ def _median(phases: list[dict[str, float]]) -> dict[str, float]:
 def show(found: dict[str, Any]) -> None:
     """The table: medians, and the two ratios."""
     rows = {name: statistics.median(seconds) for name, seconds in found["seconds"].items()}
-    table = Table(title=f"{found['mib']} MiB in {found['tensors']} tensors, two processes, one host; medians")
+    about = f"{found['mib']} MiB in {found['tensors']} tensors, {found['device']}, two processes, one host; medians"
+    table = Table(title=about)
     for column in ("", "seconds", "of RDT nixl + copy", "of memcpy"):
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds in rows.items():
@@ -207,11 +220,12 @@ def main() -> int:
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: both processes on one GPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
-        found = measure(options.mib, options.tensors, options.repeats, options.rounds)
+        found = measure(options.mib, options.tensors, options.repeats, options.rounds, options.device)
     finally:
         ray.shutdown()
     show(found)
