@@ -13,8 +13,9 @@ from unittest import mock
 import msgspec
 import torch
 
+from rlbridge.errors import RlbridgeError
 from rlbridge.plugins import registry
-from rlbridge.roles.transport import TransportOptions
+from rlbridge.roles.transport import Copy, TransportOptions
 from rlbridge.sync import session
 from rlbridge.sync.calls import gather
 from rlbridge.sync.messages import (
@@ -44,6 +45,7 @@ from rlbridge_conformance.stage import Stage
 
 _SECONDS = 30.0
 _PAINT = 0xA5
+_TAIL = 4096
 
 Cut = Callable[[Sequence[Part]], list[Run]]
 
@@ -251,3 +253,45 @@ def open_and_close(_host: Any, spec: TransportSpec, side: Any) -> None:
     end = open_transport(spec, "unconnected", side, 1, "cpu")
     end.open([Arena(4096).tensor])
     end.close()
+
+
+LENT = 4 << 20
+"""Bytes that `lend` gives out."""
+
+
+def lend(host: Any, spec: TransportSpec) -> bytes:
+    """Open a source end over memory full of a pattern, and keep it. Returns its address."""
+    memory = Arena(LENT).tensor.fill_(_PAINT)
+    end = open_transport(spec, "lender", "source", 1, "cpu")
+    host.lent = (end, memory)
+    return end.open([memory])
+
+
+def borrow(host: Any, spec: TransportSpec, address: bytes, seconds: float) -> str:
+    """Open a sink end, and fetch what is lent: how many bytes of the pattern arrived, or the error, as a text."""
+    memory = Arena(LENT).tensor
+    end = open_transport(spec, "borrower", "sink", 1, "cpu")
+    host.lent = (end, memory)
+    end.open([memory])
+    end.connect({"lender": address}, [Copy("lender", "borrower", 0, 0, 0, 0, 0, LENT)])
+    return borrow_again(host, seconds)
+
+
+def borrow_again(host: Any, seconds: float) -> str:
+    """Fetch it by the same end, and say the same."""
+    end, memory = host.lent
+    memory.zero_()
+    try:
+        end.receive(1, 0, {}, time.monotonic() + seconds)
+    except RlbridgeError as error:
+        return f"{type(error).__name__}: {error}"
+    tail = int((memory[-_TAIL:] == _PAINT).sum())  # first, as what comes last
+    return f"{min(int((memory == _PAINT).sum()), LENT - _TAIL + tail)} bytes"
+
+
+def let_go(host: Any) -> None:
+    """Close the end of `lend` or `borrow`, if it is open."""
+    end, _ = getattr(host, "lent", (None, None))
+    if end is not None:
+        end.close()
+        host.lent = (None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from rlbridge.roles.transport import Side
 from rlbridge_conformance.requirements import GeneratorRequirements, TransportRequirements
 
 
@@ -18,6 +19,10 @@ class NixlRequirements(TransportRequirements):
     def over_rdma(self) -> Mapping[str, Any]:
         """RDMA or an error."""
         return {"wire": "rdma"}
+
+    def acting(self, side: Side) -> Mapping[str, Any]:
+        """A READ by the sink, or a WRITE by the source."""
+        return {"operation": {"sink": "read", "source": "write"}[side]}
 
     def registrations(self, transport: Any) -> int | None:
         """NIXL's metadata of an agent lists what it has registered: its bytes count it."""

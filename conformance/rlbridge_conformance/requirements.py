@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from rlbridge.backend import Backend, Capability
 from rlbridge.errors import ConfigError
+from rlbridge.roles.transport import Side
 
 
 class Requirements:
@@ -136,6 +137,10 @@ class TransportRequirements(Requirements):
 
     def over_rdma(self) -> Mapping[str, Any] | None:
         """Options with which it fails rather than use another wire than RDMA; None if there are none."""
+        return None
+
+    def acting(self, side: Side) -> Mapping[str, Any] | None:
+        """Options with which that end acts, and the other's memory is passive; None: there is no choice."""
         return None
 
     def registrations(self, transport: Any) -> int | None:

@@ -241,9 +241,14 @@ class Run:
         self._close(stage)
 
     def _close(self, stage: Stage) -> None:
-        if stage.triple.transport == self.triple.transport and not stage.scene.transport:
+        if stage.triple.transport == self.triple.transport and (not stage.scene.transport or self._over_rdma(stage)):
             self.reports += stage.reports
         stage.close()
+
+    def _over_rdma(self, stage: Stage) -> bool:
+        """Whether the wire of a stage was chosen for it, and is the one that the level rdma is about."""
+        asked = self.triple.claims("transport").over_rdma()
+        return asked is not None and stage.scene.transport.items() >= asked.items()
 
     def _drop_stages(self) -> None:
         while self._stages:

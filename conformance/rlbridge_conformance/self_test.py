@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from rlbridge.plugins import MODULES_VARIABLE
 from rlbridge_conformance.broken.catalogue import Broken, catalogue
+from rlbridge_conformance.faults.machine import lacks
 from rlbridge_conformance.levels import LEVELS, Level
 from rlbridge_conformance.places import keep_nurseries
 from rlbridge_conformance.report import Result, read_result
@@ -136,6 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [b for b in catalogue() if LEVELS.index(b.level) <= LEVELS.index(options.level) and options.only in b.name]
     if not chosen:
         parser.error(f"no broken backend fits -k {options.only!r}")
+    absent = {b: reason for b in chosen for reason in map(lacks, b.machine) if reason}
+    for b, reason in absent.items():
+        console.print(f"[yellow]not run[/]  {b.role:<9} {b.name:<41} {b.check}: {escape(reason)}")
+    chosen = [b for b in chosen if b not in absent]
     outcomes = _run(chosen, options.jobs, console, whole_level=options.matrix is not None)
     if survivors := [outcome.broken for outcome in outcomes if not outcome.killed]:
         console.print("once more, one after the other: a fault of timing may not show while others run")
@@ -157,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.only:
             for name in unshared(outcomes, (c.id for c in twins.checks if c.state == "pass")):
                 console.print(f"  no broken backend that only {name} kills")
-    console.print(f"killed {killed}/{len(outcomes)}")
+    console.print(f"killed {killed}/{len(outcomes)}" + (f", {len(absent)} not run" if absent else ""))
     return 0 if good else 1
 
 

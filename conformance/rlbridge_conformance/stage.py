@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from rlbridge.errors import RlbridgeError
-from rlbridge.machine import has_rdma_device
 from rlbridge.plugins import MODULES_VARIABLE
+from rlbridge.rdma.devices import has_rdma_device
 from rlbridge.roles.batch import Batch, Completion, Sampling, Sequences, decode, encode, pad_sequences
 from rlbridge.roles.generator import GeneratorContext
 from rlbridge.roles.options import RoleOptions
@@ -226,11 +226,11 @@ class Stage:
         finally:
             self.session.options = usual
 
-    def session_with(self, **options: Any) -> SyncSession:
-        """Another session between the same parties."""
+    def session_with(self, transport: Mapping[str, Any] = {}, **options: Any) -> SyncSession:
+        """Another session between the same parties, with other options of the transport's, and its own."""
         settings = {"deadline_seconds": 30.0, "setup_seconds": 60.0, **options}
-        transport = self.triple.validated("transport", self._options["transport"])
-        spec = TransportSpec(self.triple.transport.name, transport.model_dump(mode="json"))
+        validated = self.triple.validated("transport", {**self._options["transport"], **transport})
+        spec = TransportSpec(self.triple.transport.name, validated.model_dump(mode="json"))
         parties = [m.party for m in self.trainers], [m.party for m in self.engines]
         return SyncSession(*parties, spec, SyncOptions(**settings))
 

@@ -24,6 +24,7 @@ _SUITE = "rlbridge_conformance"  # looked up by name, as backends are: the core 
 _NEEDED = ("pytest", "pytest_timeout", "jinja2", _SUITE)
 _FILES = ("result.json", "report.html", "junit.xml")
 _REFERENCE = "reference"  # the suite's own backend of each role
+_RDMA = "rdma"  # the level
 _END_SECONDS = 15.0
 _BROKE = 2
 _USAGE = 4  # pytest's own code; it has said what is wrong
@@ -52,6 +53,7 @@ def conform(
     list_: Annotated[bool, Parameter(name="--list", negative="", show_default=False)] = False,
     self_test: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     matrix: Path | None = None,
+    soft_roce: Annotated[bool, Parameter(negative="", show_default=False)] = False,
 ) -> int:
     """Hold backends to their contracts, and say whether they conform.
 
@@ -86,13 +88,20 @@ def conform(
         Run the suite on backends that are broken on purpose: it has to fail every one.
     matrix
         With --self-test: run whole levels, and write which check failed what to this file.
+    soft_roce
+        Run the level rdma over an RDMA device of software (rdma_rxe): in a guest, where this machine's kernel has none.
+        With --from, earlier levels too. RLBRIDGE_SOFT_ROCE=0 leaves the guest out: what needs a device is then not run.
     """
     _installed()
     levels = _of_suite("levels:LEVELS")
-    for named in filter(None, (first, level)):
-        if named not in levels:
-            raise ConfigError(f"there is no level {named!r}", todo=f"levels: {', '.join(levels)}")
+    for given_level in filter(None, (first, level)):
+        if given_level not in levels:
+            raise ConfigError(f"there is no level {given_level!r}", todo=f"levels: {', '.join(levels)}")
     env = _environment(plugin)
+    in_guest = soft_roce and not list_ and not _of_suite("soft_roce.harness:left_out")()
+    if soft_roce:
+        level = level or _RDMA
+        first = first or (None if self_test else _RDMA)
     only = None if only is None else re.sub(rf"\b({'|'.join(levels)})\.", "", only)  # as the ids of a report have it
     if first and level and levels.index(first) > levels.index(level):
         raise ConfigError(f"--from {first} comes after --level {level}", todo=f"levels, in their order: {', '.join(levels)}")
@@ -102,6 +111,8 @@ def conform(
                 "--self-test is of the suite and its own backends", todo="it goes with --level, -k and --matrix alone"
             )
         given = [*_option("--level", level), *_option("-k", only), *_option("--matrix", matrix)]
+        if in_guest:
+            return _soft_roce(["conform", "--self-test", *given], report)
         code = _run([f"{_SUITE}.self_test", *given], env)
         return code if code in (0, 1) else _BROKE
     if matrix is not None:
@@ -114,6 +125,12 @@ def conform(
             "which backend is to be held to its contract?",
             todo="rlbridge conform --transport NAME, or --trainer, or --generator; rlbridge plugins lists those there are",
         )
+    if in_guest:
+        named = [argument for role, name in names.items() for argument in _option(f"--{role}", name)]
+        named += [argument for target in requirements for argument in ("--requirements", target)]
+        named += [argument for module in plugin for argument in ("--plugin", module)]
+        levels_asked = [*_option("--from", first), *_option("--level", level), *_option("-k", only)]
+        return _soft_roce(["conform", *overrides, *named, *levels_asked], report)
     # Nothing but the suite's own plugins: others reorder tests, retry them, or run them at once.
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     asked = [f"--rlbridge-{role}={name}" for role, name in names.items() if name]
@@ -126,6 +143,16 @@ def conform(
     console = Console(highlight=False)
     console.print(" > ".join(names[role] or _REFERENCE for role in ("trainer", "transport", "generator")), style="bold")
     return _tried(asked, report, env, only)
+
+
+def _soft_roce(arguments: Sequence[str], report: Path) -> int:
+    """This command with those arguments, where there is an RDMA device of software."""
+    broken = _of_suite("faults:SuiteError")
+    try:
+        code: int = _of_suite("soft_roce.harness:run")(arguments, report)
+    except broken as error:
+        raise SuiteBrokeError(f"no RDMA device of software: {error.what}", todo=error.todo) from error
+    return code
 
 
 def _installed() -> None:

@@ -17,7 +17,7 @@ Part = Literal["trainer", "generator", "transport", "publisher", "engine"]
 
 C = TypeVar("C", bound=type)
 
-_MODULES = ("trainers", "generators", "transports", "protocol", "triple", "faults")
+_MODULES = ("trainers", "generators", "transports", "protocol", "triple", "faults", "rdma")
 _found: list[Broken] = []
 
 
@@ -34,6 +34,7 @@ class Broken:
         check: The id of the check that is meant for it, without the brackets of its cases.
         twin: The name of its twin's backend.
         ray: It only shows where the parties are Ray actors.
+        machine: What its check must have of the machine, where not every one has it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Broken:
     replaces: Literal["load", "options"] = "load"
     twin: str = "reference"
     ray: bool = False
+    machine: tuple[str, ...] = ()
 
     @property
     def level(self) -> Level:
@@ -52,14 +54,16 @@ class Broken:
         return level
 
 
-def broken(role: Part, *, check: str, twin: str = "reference", ray: bool = False) -> Callable[[C], C]:
+def broken(
+    role: Part, *, check: str, twin: str = "reference", ray: bool = False, machine: tuple[str, ...] = ()
+) -> Callable[[C], C]:
     """Enter a class in the catalogue; the first line of its docstring is its rule."""
 
     def enter(cls: C) -> C:
         name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
         rule = (cls.__doc__ or "").strip().splitlines()[0]
         replaces: Literal["load", "options"] = "options" if issubclass(cls, BaseModel) else "load"
-        _found.append(Broken(name, role, f"{cls.__module__}:{cls.__name__}", rule, check, replaces, twin, ray))
+        _found.append(Broken(name, role, f"{cls.__module__}:{cls.__name__}", rule, check, replaces, twin, ray, machine))
         return cls
 
     return enter

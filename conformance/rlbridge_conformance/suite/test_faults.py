@@ -66,7 +66,7 @@ def test_a_process_is_lost(stages: Stages, victim: str, phase: str, moment: Mome
     alone = {"ranks": 2, "engines": 1, "generator": {"tp": 2, "rank_processes": True}}
     for patience in PATIENCE:
         stage = stages(**alone) if victim == "rank" else _crowd(stages)
-        if _lose(stage, VICTIMS[victim], phase, moment, how, patience):
+        if lose(stage, VICTIMS[victim], phase, moment, how, patience):
             return
 
 
@@ -77,7 +77,7 @@ def _crowd(stages: Stages) -> Stage:
     )
 
 
-def _lose(stage: Stage, name: str, phase: str, moment: Moment, how: str, patience: float) -> bool:
+def lose(stage: Stage, name: str, phase: str, moment: Moment, how: str, patience: float) -> bool:
     """One case; whether it has shown anything."""
     old = serving(stage)
     stage.train()
