@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from rlbridge.rdma.devices import SYSFS, Port, ports, read
+from rlbridge.rdma.devices import SYSFS, port_paths, read
 
 _LARGEST_MTU = 4096
 _ROCE_HEADERS = 80
@@ -63,7 +63,13 @@ class Reading:
 
 def counters(sysfs: Path = SYSFS) -> Reading:
     """Read them now."""
-    return Reading({(port.name, kind.received): value for port in ports(sysfs) for kind, value in _values(port, sysfs)})
+    return Reading(
+        {
+            (f"{path.parent.parent.name}:{path.name}", kind.received): value
+            for path in port_paths(sysfs)
+            for kind, value in _values(path, sysfs)
+        }
+    )
 
 
 def counted(before: Reading, after: Reading) -> Counted | None:
@@ -79,17 +85,17 @@ def counted(before: Reading, after: Reading) -> Counted | None:
     )
 
 
-def _values(port: Port, sysfs: Path) -> Iterator[tuple[_Kind, tuple[int, int, int]]]:
+def _values(port: Path, sysfs: Path) -> Iterator[tuple[_Kind, tuple[int, int, int]]]:
     """Of the first kind that the port has."""
     for kind in _KINDS:
-        received, sent = (read(port.path / file) for file in (kind.received, kind.sent))
+        received, sent = (read(port / file) for file in (kind.received, kind.sent))
         if received.isdigit() and sent.isdigit():
             yield kind, (int(received), int(sent), kind.unit or _mtu(port, sysfs))
             return
 
 
-def _mtu(port: Port, sysfs: Path) -> int:
-    """The most payload of a packet: the largest power of two that an interface of the port leaves room for."""
-    rooms = [read(sysfs / "class/net" / name / "mtu") for name in port.interfaces]
-    room = max((int(mtu) - _ROCE_HEADERS for mtu in rooms if mtu.isdigit()), default=_LARGEST_MTU)
+def _mtu(port: Path, sysfs: Path) -> int:
+    """The most payload of a packet: the largest power of two that the interface below an rdma_rxe device leaves room for."""
+    mtu = read(sysfs / "class/net" / read(port.parent.parent / "parent") / "mtu")
+    room = int(mtu) - _ROCE_HEADERS if mtu.isdigit() else _LARGEST_MTU
     return int(min(_LARGEST_MTU, 1 << (max(room, 1).bit_length() - 1)))

@@ -79,12 +79,17 @@ def has_rdma_device(sysfs: Path = SYSFS) -> bool:
 def ports(sysfs: Path = SYSFS) -> list[Port]:
     """Every port of every RDMA device that this process can see, by name. None of a device that is just being removed."""
     found = []
-    for path in sorted(sysfs.glob("class/infiniband/*/ports/*"), key=_by_number):
+    for path in port_paths(sysfs):
         try:
             found.append(_port(path))
         except FileNotFoundError:
             continue
     return found
+
+
+def port_paths(sysfs: Path = SYSFS) -> list[Path]:
+    """The directories of the ports, by name: to read all of a port takes hundreds of files, and a counter one."""
+    return sorted(sysfs.glob("class/infiniband/*/ports/*"), key=lambda path: (path.parent.parent.name, int(path.name)))
 
 
 def read(path: Path) -> str:
@@ -93,10 +98,6 @@ def read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
-
-
-def _by_number(path: Path) -> tuple[str, int]:
-    return path.parent.parent.name, int(path.name)
 
 
 def _port(path: Path) -> Port:

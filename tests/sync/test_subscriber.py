@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from rlbridge.errors import DigestError, QuarantineError, StaleVersionError, SyncError
+from rlbridge.rdma.counters import Reading
+from rlbridge.sync import subscriber
 from rlbridge.sync.messages import Held, Nothing, Pull, Pulled, Read, State, Timed, Verify, Wait
 from rlbridge_conformance.toy import SHAPES, ToyEngine, ToySource, weights
 from tests.sync.stage import MIB_ROWS, Stage, ask, eventually, stopped
@@ -83,6 +85,22 @@ def test_what_is_not_verified_is_not_installed(make_stage: Make) -> None:
         with pytest.raises(SyncError, match="version 2 is not"):
             ask(engine, method, Wait(2, 1.0), Timed)
     assert stage.serve(1)
+
+
+@pytest.mark.parametrize("carried_by_ray", [False, True])
+def test_what_the_ports_count_while_a_version_arrives_is_reported(make_stage: Make, carried_by_ray: bool) -> None:
+    """The ports are made up. What Ray carries arrives before the pull begins: there the count is from the commit before."""
+    stage = make_stage(fresh=True)
+    engine = stage.engines[0]
+    assert stage.sync(1).ports == {}  # no port counts here
+    engine.do("apply", make_ports_count)
+    stage.sync(2)
+    engine.do("apply", count, 1000, carried_by_ray)
+    report = stage.sync(3)
+    (counts,) = report.ports.values()
+    assert list(report.ports) == ["generator[0].rank[0]"]
+    assert counts.received == (1001 if carried_by_ray else 1)
+    assert counts.known_from == "rx_bytes of made_up0:1"
 
 
 def test_a_version_that_is_not_newer_is_not_pulled(make_stage: Make) -> None:
@@ -216,3 +234,25 @@ def sync_and_count_graves(stage: Stage, version: int) -> int:
 
 def graves(engine: ToyEngine) -> int:
     return sum(len(s._graveyard) for s in engine.generator.subscribers)
+
+
+def make_ports_count(_engine: ToyEngine) -> None:
+    """A port that counts one byte more each time that it is looked at."""
+    looks = itertools.count()
+    _port["more"] = 0
+
+    def read() -> Reading:
+        return Reading({("made_up0:1", "hw_counters/rx_bytes"): (next(looks) + _port["more"], 0, 1)})
+
+    subscriber.counters = read
+
+
+def count(engine: ToyEngine, nbytes: int, carried_by_ray: bool) -> None:
+    """Let bytes go by the port, and the transport be one that Ray carries."""
+    _port["more"] += nbytes
+    transport = engine.generator.subscribers[0]._transport
+    assert transport is not None
+    transport.moves_ray_objects = carried_by_ray  # type: ignore[misc]
+
+
+_port: dict[str, int] = {}
