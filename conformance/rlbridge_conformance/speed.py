@@ -146,6 +146,7 @@ def measure(mib: int, count: int, repeats: int, rounds: int, device: str = "cpu"
     """
     seconds: dict[str, list[float]] = {}
     phases: dict[str, list[dict[str, float]]] = {}
+    wires: dict[str, str] = {}
     for _ in range(rounds):
         for name in ROWS:
             half = {"enable_tensor_transport": True, "num_gpus": 0.5 if device == "cuda" else 0}
@@ -166,6 +167,7 @@ def measure(mib: int, count: int, repeats: int, rounds: int, device: str = "cpu"
                     seconds.setdefault("memcpy", []).append((before + after) / 2)
                     if isinstance(report, SyncReport):
                         phases.setdefault(name, []).append(dict(report.phases))
+                        wires[name] = report.wire
             ray.kill(trainer)
             ray.kill(generator)
     return {
@@ -174,6 +176,7 @@ def measure(mib: int, count: int, repeats: int, rounds: int, device: str = "cpu"
         "device": device,
         "seconds": seconds,
         "phases": {n: _median(p) for n, p in phases.items()},
+        "wires": wires,
     }
 
 
@@ -210,7 +213,7 @@ def show(found: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for name, phases in found["phases"].items():
-        console.print(name, {k: round(v, 3) for k, v in phases.items()})
+        console.print(name, found["wires"][name], {k: round(v, 3) for k, v in phases.items()})
 
 
 def main() -> int:

@@ -69,7 +69,7 @@ def test_who_may_not_install_packages_is_told_the_command(monkeypatch: pytest.Mo
     monkeypatch.setattr(tools.shutil, "which", lambda name, **_: None if name == "no-such-program" else f"/bin/{name}")
     with pytest.raises(SuiteError) as caught:
         tools.ensure()
-    assert caught.value.what == "the guest needs other-package, some-package, which only root can install"
+    assert caught.value.what == "an RDMA device of software needs other-package, some-package, which only root can install"
     assert caught.value.todo == "run: sudo apt-get install --no-install-recommends other-package some-package"
 
 

@@ -23,31 +23,35 @@ _PACKAGES = {
 }
 """Packages by what is looked for: a program of the path, or a file."""
 
+_OF_A_DEVICE = ("ibverbs-providers", "iproute2", "kmod", "patchelf")
 _SECONDS = 600.0
 _PATH = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin")))
 
 
-def ensure() -> list[str]:
-    """Install the packages that are missing, and give their names.
+def ensure(*, guest: bool = True) -> list[str]:
+    """Install the packages that are missing, and give their names; without a guest, of those that a device of software needs.
 
     Raises:
         SuiteError: there is no apt-get here, or it needs root and this is another user, or it fails.
     """
-    missing = sorted({package for what, package in _PACKAGES.items() if not _is_there(what)})
+    needed = {what: package for what, package in _PACKAGES.items() if guest or package in _OF_A_DEVICE}
+    missing = sorted({package for what, package in needed.items() if not _is_there(what)})
     if not missing:
         return []
     by_hand = f"apt-get install --no-install-recommends {' '.join(missing)}"
     if shutil.which("apt-get") is None:
         raise SuiteError(
-            f"the guest needs {', '.join(missing)}, and there is no apt-get here",
+            f"an RDMA device of software needs {', '.join(missing)}, and there is no apt-get here",
             todo="the harness is for Debian and Ubuntu; install what these packages have by other means",
         )
     if os.geteuid() != 0:
-        raise SuiteError(f"the guest needs {', '.join(missing)}, which only root can install", todo=f"run: sudo {by_hand}")
+        raise SuiteError(
+            f"an RDMA device of software needs {', '.join(missing)}, which only root can install", todo=f"run: sudo {by_hand}"
+        )
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     call(["apt-get", "update", "-qq"], env=env)
     call([*by_hand.split(), "--yes", "-qq"], env=env)
-    still = [what for what in _PACKAGES if not _is_there(what)]
+    still = [what for what in needed if not _is_there(what)]
     if still:
         raise SuiteError(f"apt-get has installed {', '.join(missing)}, and {', '.join(still)} is missing still")
     return missing
