@@ -20,7 +20,7 @@ from typing import Any
 
 from rlbridge.errors import ResourceError
 
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 """For an interpreter and its imports, and for the answer to each request."""
 
 

@@ -47,7 +47,7 @@ def run(arguments: Sequence[str], report: Path) -> int:
             with device():
                 clock.step("device")
                 environment = {**os.environ, **provider.make(out), "UCX_NET_DEVICES": f"{_DEVICE}:1"}
-                code = subprocess.run(_placed(command, out), env=environment).returncode
+                code = subprocess.run(_placed(command, report), env=environment).returncode
                 clock.step("command")
         else:
             clock.step("packages", ", ".join(tools.ensure()) or "all there")
@@ -60,7 +60,7 @@ def run(arguments: Sequence[str], report: Path) -> int:
             environment |= {"PYTHONUNBUFFERED": "1", "COLUMNS": str(shutil.get_terminal_size().columns)}
             code = guest.run(
                 booted,
-                _placed(command, Path(guest.OUT)),
+                _placed(command, Path(guest.OUT, "report")),
                 out,
                 environment=environment,
                 cwd=Path.cwd(),
@@ -104,8 +104,8 @@ def device() -> Iterator[None]:
         tools.call(["ip", "link", "delete", _INTERFACE])
 
 
-def _placed(command: Sequence[str], out: Path) -> list[str]:
-    return list(command) if "--self-test" in command else [*command, "--report", str(out / "report")]
+def _placed(command: Sequence[str], report: Path) -> list[str]:
+    return list(command) if "--self-test" in command else [*command, "--report", str(report)]
 
 
 def _inside(value: str, out: Path) -> str:
