@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from rlbridge.errors import PluginError
+from rlbridge.importing import missing_module
 
 _FLASH_ATTN = {
     "flash_attn": (),
@@ -33,11 +33,11 @@ _FLASH_ATTN = {
 def before_import() -> None:
     """Make OpenRLHF importable here, where it is installed."""
     choose_accelerator()
-    if find_spec("openrlhf") is None:
+    if missing_module("openrlhf"):
         return
-    if find_spec("flash_attn") is None:
+    if missing_module("flash_attn"):
         import_without_flash_attn()
-    if find_spec("vllm") is None:
+    if missing_module("vllm"):
         skip_vllm()
 
 

@@ -7,13 +7,13 @@ issue 57962.)
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from rlbridge.errors import TransportError
+from rlbridge.importing import missing_module
 from rlbridge.rdma.devices import has_rdma_device
 from rlbridge.rdma.ucx import quiet_ucx
 from rlbridge.roles.transport import Copy, Transport, TransportContext, TransportOptions, WireEvidence
@@ -99,7 +99,7 @@ class RdtTransport(_RayTransport[RdtOptions]):
             return "transport.require=rdma, and this machine has no RDMA device (/sys/class/infiniband is empty)"
         if options.require == "rdma" and wire in _NO_RDMA:
             return f"transport.require=rdma, and transport.tensor_transport={wire} does not use RDMA"
-        if wire == "nixl" and importlib.util.find_spec("nixl") is None:
+        if wire == "nixl" and missing_module("nixl"):
             return "transport.tensor_transport=nixl needs the package nixl: pip install 'rlbridge[rdt]'"
         if wire in ("nccl", "cuda_ipc") and device != "cuda":
             return f"transport.tensor_transport={wire} needs a GPU for trainer and generator (resources.gpus)"

@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
     place = tmp_path_factory.mktemp("runs")
 
     def run(name: str) -> tuple[Path, int, str]:
-        report = place / name.replace(" ", "-")
+        report = place / "reports" / name.replace(" ", "-")
         return report, *conform(place, *RUNS[name], "--report", str(report))
 
     with ThreadPoolExecutor(2) as pool:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,20 @@ def test_with_them_it_is_and_no_stand_in_stays() -> None:
     modules = in_a_fresh_process(left_behind)
     assert {"openrlhf.models.actor", "openrlhf.trainer.ray.ppo_actor", "openrlhf.models.ring_attn_utils"} <= set(modules)
     assert not [name for name in modules if name.split(".")[0] in ("flash_attn", "vllm")]
+
+
+def import_beside_folders(place: str) -> bool:
+    for name in ("vllm", "flash_attn"):
+        Path(place, name).mkdir()
+    sys.path.insert(0, place)
+    import rlbridge_openrlhf.upstream
+
+    return rlbridge_openrlhf.upstream.ActorPPOTrainer is not None
+
+
+def test_a_folder_of_that_name_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """What conform and pytest put on the path is where the user stands."""
+    assert in_a_fresh_process(import_beside_folders, str(tmp_path))
 
 
 def what_others_see() -> tuple[bool, Any]:
