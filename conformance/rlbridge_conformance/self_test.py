@@ -35,6 +35,7 @@ _TWINS = ("--rlbridge-trainer=reference", "--rlbridge-generator=reference", "--r
 _QUICK = ("-p", "no:unraisableexception", "-p", "no:threadexception")
 """Each collects the garbage of a whole torch after every run."""
 
+_NOTHING_RUN = 3
 _WITHOUT_RAY = ("--rlbridge-carrier=processes",)
 
 
@@ -124,7 +125,7 @@ def _begin() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run them, and print killed/total. Returns 0 if all were killed and the twins passed, 1 if not."""
+    """Run them, and print killed/total. Returns 0 if all were killed and the twins passed, 1 if not, 3 if none could be run."""
     parser = argparse.ArgumentParser(prog="rlbridge conform --self-test", description=__doc__)
     parser.add_argument("--level", choices=LEVELS, default="faults", help="leave out the broken backends of later levels")
     parser.add_argument("--matrix", type=Path, help="run whole levels, and write what failed what to this file")
@@ -137,10 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [b for b in catalogue() if LEVELS.index(b.level) <= LEVELS.index(options.level) and options.only in b.name]
     if not chosen:
         parser.error(f"no broken backend fits -k {options.only!r}")
-    absent = {b: reason for b in chosen for reason in map(lacks, b.machine) if reason}
-    for b, reason in absent.items():
-        console.print(f"[yellow]not run[/]  {b.role:<9} {b.name:<41} {b.check}: {escape(reason)}")
-    chosen = [b for b in chosen if b not in absent]
+    absent = {b.name: reason for b in chosen for reason in map(lacks, b.machine) if reason}
+    for b in chosen:
+        if b.name in absent:
+            console.print(f"[yellow]not run[/]  {b.role:<9} {b.name:<41} {b.check}: {escape(absent[b.name])}")
+    chosen = [b for b in chosen if b.name not in absent]
     outcomes = _run(chosen, options.jobs, console, whole_level=options.matrix is not None)
     if survivors := [outcome.broken for outcome in outcomes if not outcome.killed]:
         console.print("once more, one after the other: a fault of timing may not show while others run")
@@ -163,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in unshared(outcomes, (c.id for c in twins.checks if c.state == "pass")):
                 console.print(f"  no broken backend that only {name} kills")
     console.print(f"killed {killed}/{len(outcomes)}" + (f", {len(absent)} not run" if absent else ""))
-    return 0 if good else 1
+    return _NOTHING_RUN if not outcomes else 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def test_what_survives_is_tried_once_more_by_itself(
 ) -> None:
     monkeypatch.setenv("RLBRIDGE_PLUGINS", "")
     tried: list[tuple[list[str], int]] = []
-    broken = [SimpleNamespace(name=f"is-wrong-{n}", level="contract", role="transport", check="contract.x") for n in range(2)]
+    broken = [made_up(f"is-wrong-{n}") for n in range(2)]
 
     def run(chosen: Sequence[Any], jobs: int, console: Any, *, whole_level: bool) -> list[Any]:
         tried.append(([b.name for b in chosen], jobs))
@@ -33,3 +33,26 @@ def test_what_survives_is_tried_once_more_by_itself(
         registry.cache_clear()
     assert tried == [(["is-wrong-0", "is-wrong-1"], 2), (["is-wrong-1"], 1)]
     assert capsys.readouterr().out.splitlines()[-1] == score
+
+
+def test_what_this_machine_cannot_run_is_counted_by_itself(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("RLBRIDGE_PLUGINS", "")
+    broken = [made_up("is-wrong-0"), made_up("is-wrong-1", "rdma")]
+    monkeypatch.setattr(self_test, "catalogue", lambda: broken)
+    monkeypatch.setattr(self_test, "lacks", lambda need: f"no {need} here")
+    monkeypatch.setattr(self_test, "_run", lambda chosen, *_, **__: [SimpleNamespace(broken=b, killed=True) for b in chosen])
+    try:
+        assert self_test.main(["-k", "is-wrong"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert self_test.main(["-k", "is-wrong-1"]) == 3
+    finally:
+        registry.cache_clear()
+    assert said[-1] == "killed 1/1, 1 not run"
+    assert said[0].startswith("not run")
+    assert "is-wrong-1" in said[0]
+    assert said[0].endswith("contract.x: no rdma here")
+    assert capsys.readouterr().out.splitlines()[-1] == "killed 0/0, 1 not run"
+
+
+def made_up(name: str, *machine: str) -> Any:
+    return SimpleNamespace(name=name, level="contract", role="transport", check="contract.x", machine=machine)
