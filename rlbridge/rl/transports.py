@@ -37,7 +37,8 @@ def choose_transport(config: RunConfig, device: str, tell: Callable[[str], None]
         label = " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
         reason = registry().missing("transport", name)
         if reason is None:
-            options = registry().options_model("transport", name).model_validate({"backend": name, **settings})
+            given = {"backend": name, **settings, "require": config.transport.require}
+            options = registry().options_model("transport", name).model_validate(given)
             assert isinstance(options, TransportOptions)
             reason = "; ".join(incompatibilities(config, name)) or _unavailable(options, device)
             if reason is None:

@@ -10,6 +10,7 @@ import pytest
 from rlbridge.config import RunConfig, load_config
 from rlbridge.errors import TransportError
 from rlbridge.plugins import Registry, registry
+from rlbridge.rdma.devices import has_rdma_device
 from rlbridge.rl.transports import choose_transport
 
 
@@ -45,9 +46,18 @@ def test_auto_goes_down_the_list_and_gives_reasons(tmp_path: Path, monkeypatch: 
     )
     told: list[str] = []
     chosen = choose_transport(config(tmp_path, "transport.backend=auto"), "cpu", told.append)
-    assert chosen.model_dump() == {"backend": "rdt", "tensor_transport": "gloo"}
+    assert chosen.model_dump() == {"backend": "rdt", "tensor_transport": "gloo", "require": "any"}
     assert told == [
         "transport auto: not nixl: no module named 'nixl'",
         "transport auto: not rdt tensor_transport=nixl: no NIXL",
         "transport auto: rdt tensor_transport=gloo, the first that works here",
     ]
+
+
+@pytest.mark.skipif(has_rdma_device(), reason="this machine has an RDMA device")
+def test_auto_keeps_to_what_is_required(tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(TransportError, match="no transport works here"):
+        choose_transport(config(tmp_path, "transport.backend=auto", "transport.require=rdma"), "cpu", told.append)
+    assert len(told) == 4
+    assert all("RDMA" in line for line in told)

@@ -107,7 +107,7 @@ def test_what_is_there_is_left_alone(calls: list[str], monkeypatch: pytest.Monke
     shims.after_import()
     assert calls == ["import_without_flash_attn", "skip_vllm", "compile_no_collectives"]
     calls.clear()
-    monkeypatch.setattr(shims, "find_spec", lambda name: object())
+    monkeypatch.setattr(shims, "missing_module", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     shims.before_import()
     shims.after_import()
