@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import re
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ _CUDA_TLS = {"shm": "cuda_ipc,cuda_copy,gdr_copy", "tcp": "cuda_copy,gdr_copy", 
 
 _PROGRESS_MICROSECONDS = 5000
 """How long an agent's progress thread sleeps at most. Events wake it; this is for what has none."""
+
+_making = threading.Lock()
+"""Held while an agent is made: two at once would each take the other's variables for those that were there before."""
+
+_OURS = "/proc/self/fd/"
+"""How the name of our own report begins. A process that was started while an agent was being made may have inherited one."""
 
 _logs: dict[int, str] = {}  # by process, since a fork inherits this dict: where UCX writes its report
 
@@ -45,7 +52,7 @@ def make_agent(name: str, wire: str, net_devices: str, device: str) -> tuple[Any
         backends=["UCX"], capture_telemetry=True, sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
     )
     try:
-        with _environment(_ucx_variables(wire, net_devices, device)), _patient_progress(nixl.nixlBind):
+        with _making, _environment(_ucx_variables(wire, net_devices, device)), _patient_progress(nixl.nixlBind):
             return nixl.nixl_agent(unique, config), unique
     except Exception as error:
         raise TransportError(
@@ -148,9 +155,10 @@ def parse_report(text: str, agent_name: str, operation: str) -> list[str]:
 
 def _log() -> str:
     """The file of UCX's report: the user's, or one in memory, which no other user can touch and which ends with the process."""
-    theirs = os.environ.get("UCX_LOG_FILE")
+    theirs = os.environ.get("UCX_LOG_FILE", "")
     pid = os.getpid()
     if pid not in _logs:
         _logs.clear()
-        _logs[pid] = theirs or f"/proc/self/fd/{os.memfd_create('rlbridge-ucx')}"
+        own = not theirs or theirs.startswith(_OURS)
+        _logs[pid] = f"{_OURS}{os.memfd_create('rlbridge-ucx')}" if own else theirs
     return _logs[pid]

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from multiprocessing import get_context
 
 import pytest
 
-from rlbridge_nixl.agent import _environment, _ucx_variables, parse_report
+from rlbridge_nixl.agent import _environment, _ucx_variables, make_agent, parse_report
 
 HEADING = "[1795382647.227215] [vm:30990:0]   "
 
@@ -61,6 +63,31 @@ CMA = """\
 | 0..inf | zero-copy   | cma/memory                                |
 +--------+-------------+-------------------------------------------+
 """
+
+
+def agents_at_once(count: int) -> tuple[dict[str, str], bool]:
+    """What of UCX is in the environment when that many threads have each made an agent, and whether NIXL is as it was."""
+    import nixl._api as nixl
+
+    before = nixl.nixlBind.nixlAgentConfig
+    with ThreadPoolExecutor(count) as pool:
+        made = [pool.submit(make_agent, f"agent{n}", "shm", "", "cpu") for n in range(count)]
+        wait(made)
+    assert all(future.result() for future in made)
+    left = {name: value for name, value in os.environ.items() if name.startswith("UCX_") and name != "UCX_MODULES"}
+    return left, nixl.nixlBind.nixlAgentConfig is before
+
+
+def test_agents_that_are_made_at_once_leave_the_environment_as_it_was() -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(agents_at_once, 6).result(120) == ({}, True)
+
+
+def test_a_report_that_another_process_had_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was started while an agent was being made has its variables: UCX would abort over a file that is not there."""
+    monkeypatch.setenv("UCX_LOG_FILE", "/proc/self/fd/977")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(agents_at_once, 1).result(120) == ({"UCX_LOG_FILE": "/proc/self/fd/977"}, True)
 
 
 def report(*tables: str) -> str:
