@@ -41,7 +41,6 @@ class Port:
         rate_gbits: Gbit/s, 0 where it is not known.
         gids: Its addresses.
         pkeys: Its partition keys; the highest bit means full membership.
-        path: Its directory.
     """
 
     device: str
@@ -52,7 +51,6 @@ class Port:
     rate_gbits: float
     gids: tuple[Gid, ...]
     pkeys: tuple[int, ...]
-    path: Path
 
     @property
     def name(self) -> str:
@@ -112,7 +110,6 @@ def _port(path: Path) -> Port:
         rate_gbits=float(rate) if rate.replace(".", "", 1).isdigit() else 0.0,
         gids=tuple(_gids(path)),
         pkeys=tuple(sorted({key for key in (int(read(file) or "0", 16) for file in path.glob("pkeys/*")) if key})),
-        path=path,
     )
 
 

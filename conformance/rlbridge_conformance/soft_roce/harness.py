@@ -47,7 +47,7 @@ def run(arguments: Sequence[str], report: Path) -> int:
             with device():
                 clock.step("device")
                 environment = {**os.environ, **provider.make(out), "UCX_NET_DEVICES": f"{_DEVICE}:1"}
-                code = subprocess.run(_placed(command, report), env=environment).returncode
+                code = subprocess.run(_placed(command, report), env=environment, timeout=_SECONDS).returncode
                 clock.step("command")
         else:
             clock.step("packages", ", ".join(tools.ensure()) or "all there")
@@ -81,7 +81,7 @@ def own_module() -> bool:
     """Whether this machine's own kernel has rdma_rxe, and this process may use it."""
     if os.geteuid() != 0 or shutil.which("modprobe") is None:
         return False
-    return subprocess.run(["modprobe", "--dry-run", "rdma_rxe"], capture_output=True).returncode == 0
+    return subprocess.run(["modprobe", "--dry-run", "rdma_rxe"], capture_output=True, timeout=60).returncode == 0
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rlbridge_conformance.soft_roce.tools import call
 
 CACHE_VARIABLE = "RLBRIDGE_SOFT_ROCE_CACHE"
 
+_SECONDS = 120.0
 _KERNELS = ("linux-image-amd64", "linux-image-generic")
 """Packages that depend on the newest kernel: Debian's, Ubuntu's."""
 
@@ -59,7 +60,7 @@ def newest() -> str:
         SuiteError: apt knows none.
     """
     for name in _KERNELS:
-        known = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True)
+        known = subprocess.run(["apt-cache", "depends", name], capture_output=True, text=True, timeout=_SECONDS)
         found = re.search(r"Depends: (linux-image-[0-9]\S+)", known.stdout)
         if found:
             return found[1]
@@ -130,7 +131,8 @@ def _initramfs(place: Path, version: str) -> None:
         (root / "init").write_text((files(__package__) / "initramfs.sh").read_text())
         (root / "init").chmod(0o755)
         listed = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
-        packed = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=root, input=listed.encode(), capture_output=True)
+        command = ["cpio", "-o", "-H", "newc", "--quiet"]
+        packed = subprocess.run(command, cwd=root, input=listed.encode(), capture_output=True, timeout=_SECONDS)
         if packed.returncode != 0:
             raise SuiteError(f"cpio failed: {packed.stderr.decode().strip()}")
     (place / "initramfs").write_bytes(packed.stdout)
@@ -160,5 +162,7 @@ def _unpacked(file: Path) -> bytes:
     if file.suffix == ".xz":
         return lzma.decompress(file.read_bytes())
     if file.suffix == ".zst":
-        return subprocess.run(["zstd", "-dcq", str(file)], capture_output=True, check=True).stdout
+        if shutil.which("zstd") is None:
+            raise SuiteError(f"{file.name} is packed, and there is no zstd here", todo="apt-get install zstd")
+        return subprocess.run(["zstd", "-dcq", str(file)], capture_output=True, check=True, timeout=_SECONDS).stdout
     return file.read_bytes()
